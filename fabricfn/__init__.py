@@ -1,0 +1,139 @@
+"""Functional, explicit-state training of PyTorch models: pure functions of an immutable `Runtime`; nothing is wrapped.
+
+Start with `docs/loop.md`. `import fabricfn` imports nothing: a name is looked up in its file when it is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fabricfn import errors as errors, strategies as strategies, testing as testing
+    from fabricfn.checkpoint import (
+        Loaded as Loaded,
+        Receipt as Receipt,
+        inspect_checkpoint as inspect_checkpoint,
+        latest as latest,
+        list_checkpoints as list_checkpoints,
+        load as load,
+        save as save,
+        verify_checkpoint as verify_checkpoint,
+    )
+    from fabricfn.clipping import clip_gradients as clip_gradients
+    from fabricfn.collectives import (
+        all_gather as all_gather,
+        all_gather_object as all_gather_object,
+        all_reduce as all_reduce,
+        all_to_all as all_to_all,
+        barrier as barrier,
+        broadcast as broadcast,
+        gather as gather,
+        recv as recv,
+        reduce_scatter as reduce_scatter,
+        scatter as scatter,
+        send as send,
+    )
+    from fabricfn.data import (
+        batches as batches,
+        setup_dataloader as setup_dataloader,
+        setup_dataloaders as setup_dataloaders,
+    )
+    from fabricfn.errors import (
+        CapabilityError as CapabilityError,
+        CheckpointError as CheckpointError,
+        ConfigurationError as ConfigurationError,
+        DataError as DataError,
+        DonatedError as DonatedError,
+        FabricfnError as FabricfnError,
+        GradientError as GradientError,
+        LaunchError as LaunchError,
+        MismatchError as MismatchError,
+        ModelError as ModelError,
+    )
+    from fabricfn.gradients import accumulate as accumulate, value as value, value_and_grad as value_and_grad
+    from fabricfn.model import (
+        apply as apply,
+        autocast as autocast,
+        eval_mode as eval_mode,
+        gather_params as gather_params,
+        init_module as init_module,
+        map_params as map_params,
+        setup_model as setup_model,
+        to_module as to_module,
+        train_mode as train_mode,
+    )
+    from fabricfn.optimizers import (
+        optimizer_step as optimizer_step,
+        reduce_on_plateau as reduce_on_plateau,
+        schedule_from_torch as schedule_from_torch,
+        setup_optimizer as setup_optimizer,
+    )
+    from fabricfn.precision import Precision as Precision
+    from fabricfn.random import Key as Key, fold_in as fold_in, key as key, split as split
+    from fabricfn.records import Cursor as Cursor, Grads as Grads, Model as Model
+    from fabricfn.reporting import print as print, rank_zero_first as rank_zero_first, run_once as run_once
+    from fabricfn.runtimes import Runtime as Runtime
+    from fabricfn.starting import (
+        init_runtime as init_runtime,
+        launch as launch,
+        runtime as runtime,
+        shutdown as shutdown,
+    )
+    from fabricfn.states import Optimizer as Optimizer
+    from fabricfn.strategy import Strategy as Strategy
+    from fabricfn.transfers import to_device as to_device
+    from fabricfn.tree import tree_map as tree_map
+    from fabricfn.world import World as World
+else:
+    from importlib import import_module
+
+    # Where each public name lives, by task; tests/test_public.py holds it equal to the imports above.
+    _ROOMS = {
+        # starting and stopping
+        "starting": "init_runtime runtime shutdown launch",
+        "runtimes": "Runtime",
+        "world": "World",
+        "precision": "Precision",
+        "strategy": "Strategy",
+        # the model, its gradients, the optimizer
+        "model": "setup_model init_module apply eval_mode train_mode map_params gather_params to_module autocast",
+        "gradients": "value_and_grad value accumulate",
+        "clipping": "clip_gradients",
+        "optimizers": "setup_optimizer optimizer_step schedule_from_torch reduce_on_plateau",
+        "states": "Optimizer",
+        "records": "Model Grads Cursor",
+        # data
+        "data": "setup_dataloader setup_dataloaders batches",
+        "transfers": "to_device",
+        # checkpoints
+        "checkpoint": "save load latest list_checkpoints verify_checkpoint inspect_checkpoint Receipt Loaded",
+        # between ranks
+        "collectives": (
+            "all_reduce all_gather broadcast reduce_scatter gather scatter all_to_all send recv barrier"
+            " all_gather_object"
+        ),
+        "reporting": "print run_once rank_zero_first",
+        # what can go wrong
+        "errors": (
+            "FabricfnError ConfigurationError CapabilityError ModelError DonatedError GradientError MismatchError"
+            " LaunchError DataError CheckpointError"
+        ),
+        # trees and randomness
+        "tree": "tree_map",
+        "random": "key fold_in split Key",
+    }
+    _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
+    _MODULES = ("errors", "strategies", "testing")
+    __all__ = list(_HOMES) + list(_MODULES)
+
+    def __getattr__(name):
+        if name in _MODULES:
+            return import_module(f"fabricfn.{name}")
+        if name not in _HOMES:
+            raise AttributeError(
+                f"fabricfn has no {name!r}. Every name is in docs/reference.md; the names of Lightning Fabric and what"
+                " replaces them are in docs/coming-from-fabric.md."
+            )
+        found = globals()[name] = getattr(import_module(f"fabricfn.{_HOMES[name]}"), name)
+        return found
+
+    def __dir__():
+        return __all__

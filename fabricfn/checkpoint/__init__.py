@@ -1,0 +1,33 @@
+"""Checkpoints: `save`, `load`, and what is there. A name is looked up in its file when it is first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fabricfn.checkpoint.listing import (
+        Entry as Entry,
+        Summary as Summary,
+        inspect_checkpoint as inspect_checkpoint,
+        latest as latest,
+        list_checkpoints as list_checkpoints,
+        verify_checkpoint as verify_checkpoint,
+    )
+    from fabricfn.checkpoint.loading import Loaded as Loaded, load as load
+    from fabricfn.checkpoint.saving import Receipt as Receipt, save as save
+else:
+    # Looking at checkpoints imports no torch, so the functions are not imported all at once.
+    _FILES = {
+        "saving": ("save", "Receipt"),
+        "loading": ("load", "Loaded"),
+        "listing": (
+            *("latest", "list_checkpoints", "verify_checkpoint", "inspect_checkpoint"),
+            *("Summary", "Entry"),
+        ),
+    }
+    _HOMES = {name: file for file, names in _FILES.items() for name in names}
+    __all__ = list(_HOMES)
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"fabricfn.checkpoint has no {name!r}; it has {', '.join(_HOMES)}.")
+        return getattr(import_module(f"fabricfn.checkpoint.{_HOMES[name]}"), name)

@@ -1,0 +1,119 @@
+"""Records and plain containers: for each type of record, how it becomes a dict of its fields and comes back.
+
+The only file of this room that knows classes. A manifest stores a record's tag and fields; the class comes from the
+caller's template.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from fabricfn.checkpoint.manifest import class_of
+from fabricfn.records import Grads, Lease, Model, handed_on
+from fabricfn.states import Optimizer, optimizer_from_tree, optimizer_to_tree
+
+
+def _nothing(record: Any, where: str) -> None:
+    """A record without a lease: nothing to give away."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """How records of one type are taken apart and put together."""
+
+    tag: str
+    """The record's name in the manifest."""
+    to_tree: Callable[[Any], Mapping[str, Any]]
+    """record -> its fields, whose values are trees."""
+    from_tree: Callable[[Any, dict[str, Any], str | None], Any]
+    """(template, fields, where) -> record. `where` is set when the template was given away there and its tensors were
+    overwritten: then the fields hold those very tensors."""
+    claim: Callable[[Any, str], None] = _nothing
+    """(record, where): spend its lease, before its tensors are overwritten."""
+    free: frozenset[str] = frozenset()
+    """The fields whose structure the checkpoint decides, not the template: state that grows while training."""
+
+
+def _model_to_tree(model: Model) -> dict[str, Any]:
+    model.lease.check("Model")
+    return {"params": dict(model.params), "buffers": dict(model.buffers), "training": sorted(model.training)}
+
+
+def _model_from_tree(like: Model, fields: dict[str, Any], where: str | None) -> Model:
+    training = frozenset(fields["training"])
+    if where is not None:
+        return dataclasses.replace(handed_on(like, fields["buffers"], where), training=training)
+    return dataclasses.replace(like, params=fields["params"], buffers=fields["buffers"], training=training)
+
+
+def _grads_to_tree(grads: Grads) -> dict[str, Any]:
+    grads.lease.check("Grads")
+    new = grads.new_buffers
+    return {"params": dict(grads.params), "new_buffers": None if new is None else dict(new)}
+
+
+def _grads_from_tree(like: Grads, fields: dict[str, Any], where: str | None) -> Grads:
+    params = MappingProxyType(fields["params"])
+    return dataclasses.replace(like, params=params, new_buffers=fields["new_buffers"], lease=Lease())
+
+
+def _optimizer_from_tree(like: Optimizer, fields: dict[str, Any], where: str | None) -> Optimizer:
+    return optimizer_from_tree(like, fields)
+
+
+def _spend(record: Any, where: str) -> None:
+    record.lease.spend(where)
+
+
+ADAPTERS: dict[type, Adapter] = {
+    Model: Adapter(
+        tag="Model",
+        to_tree=_model_to_tree,
+        from_tree=_model_from_tree,
+        claim=_spend,
+        free=frozenset({"training"}),
+    ),
+    Grads: Adapter(
+        tag="Grads",
+        to_tree=_grads_to_tree,
+        from_tree=_grads_from_tree,
+        claim=_spend,
+        free=frozenset({"new_buffers"}),
+    ),
+    Optimizer: Adapter(
+        tag="Optimizer",
+        to_tree=optimizer_to_tree,
+        from_tree=_optimizer_from_tree,
+        claim=_spend,
+        free=frozenset({"state", "shared", "hyperparams"}),
+    ),
+}
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.init}
+
+
+def _replaced(like: Any, fields: dict[str, Any], where: str | None) -> Any:
+    return dataclasses.replace(like, **fields)
+
+
+def _named(record: Any) -> dict[str, Any]:
+    return dict(record._asdict())
+
+
+def _named_again(like: Any, fields: dict[str, Any], where: str | None) -> Any:
+    return type(like)(**fields)
+
+
+def adapter_of(value: object) -> Adapter | None:
+    """The adapter of a record: one of our own, a named tuple, any dataclass; None for everything else."""
+    kind = class_of(value)
+    if kind in ADAPTERS:
+        return ADAPTERS[kind]
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        return Adapter(tag=kind.__name__, to_tree=_named, from_tree=_named_again)
+    if dataclasses.is_dataclass(kind):
+        return Adapter(tag=kind.__name__, to_tree=_fields, from_tree=_replaced)
+    return None

@@ -1,0 +1,141 @@
+"""How a checkpoint appears: whole, by one rename. A kill at any instant leaves the old or the new one.
+
+Everything is written into a hidden folder beside the target and flushed; then it takes the target's place. Where a
+checkpoint stands already, the kernel exchanges the two folders in one step (`renameat2`); where it cannot, the old one
+is renamed aside first, and a reader that finds nothing at the target takes that one (`opening.standing`). A hidden
+folder left by a killed save is removed by the next save to the same target; the folder of a living one is locked.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fabricfn.checkpoint.manifest import DATA, FILE_NAME, MANIFEST
+from fabricfn.checkpoint.writing import sync_folder
+from fabricfn.errors import CheckpointError
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def check_target(target: Path) -> None:
+    """Refuse to replace anything but a checkpoint or an empty folder."""
+    if not target.name:
+        raise CheckpointError(f"{target} cannot be a checkpoint. Name a folder of its own: {target / 'step-1'}.")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(
+            f"{target} is a file; a checkpoint is a folder, and takes the place of nothing but a checkpoint. Choose"
+            " another path, or remove the file."
+        )
+    foreign = sorted(name for name in os.listdir(target) if name not in (MANIFEST, DATA) and name[0] != ".")
+    if not foreign and (target / DATA).is_dir():
+        names = (f"{DATA}/{name}" for name in os.listdir(target / DATA))
+        foreign = sorted(name for name in names if not FILE_NAME.fullmatch(name))
+    if foreign:
+        raise CheckpointError(
+            f"{target} holds files that no checkpoint has ({', '.join(foreign[:3])}); saving there would delete them."
+            f" Name a folder of its own: {target / 'step-1'}."
+        )
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and its missing parents, all of them on the disk when this returns."""
+    if path.is_dir():
+        return
+    make_folders(path.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    sync_folder(str(path.parent))
+
+
+def work_folder(target: Path, save_id: str) -> tuple[Path, int]:
+    """A new hidden folder beside the target, locked until the descriptor is closed.
+
+    Returns:
+        the folder and the descriptor.
+    """
+    make_folders(target.parent)
+    sweep(target, "tmp")
+    if target.exists():
+        sweep(target, "old")
+    work = target.parent / f".tmp-{target.name}-{save_id}"
+    os.mkdir(work)
+    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever swept there
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.mkdir(work / DATA)
+    return work, lock
+
+
+def sweep(target: Path, kind: str) -> None:
+    """Remove what killed saves to this target left: their work folders ("tmp") or what they had put aside ("old")."""
+    pattern = re.compile(rf"\.{kind}-{re.escape(target.name)}-[0-9a-f]{{32}}")
+    for name in os.listdir(target.parent):
+        if not pattern.fullmatch(name):
+            continue
+        with contextlib.suppress(OSError):  # it is locked, just gone, or not ours to remove
+            fd = os.open(target.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(target.parent / name)
+            finally:
+                os.close(fd)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, its manifest first: a removal that is killed leaves nothing that looks whole."""
+    with contextlib.suppress(OSError):
+        os.unlink(folder / MANIFEST)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step; False when the system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library from before 2018
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def put_in_place(work: Path, target: Path, exchange: Callable[[Path, Path], bool] = exchange) -> None:
+    """Make the flushed folder `work` the checkpoint `target`.
+
+    What stood there is afterwards at `work`, or in a hidden folder that `sweep(target, "old")` removes.
+    """
+    sync_folder(str(work))
+    if not target.exists() or not os.listdir(target):
+        os.rename(work, target)
+    elif not exchange(work, target):
+        aside = target.parent / work.name.replace(".tmp-", ".old-", 1)
+        os.rename(target, aside)
+        try:
+            os.rename(work, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+
+
+def clear(work: Path, target: Path, lock: int) -> None:
+    """Remove the work folder, or the replaced checkpoint in it, and what was put aside for a target that stands."""
+    os.close(lock)
+    remove(work)
+    if target.exists():
+        sweep(target, "old")

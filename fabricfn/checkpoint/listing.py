@@ -1,0 +1,185 @@
+"""What is there: the checkpoints of a folder, the newest whole one, and what one contains. Imports no torch."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fabricfn.checkpoint.manifest import ARRAYS, MANIFEST, array_bytes, path_text, paths_of, plain_value
+from fabricfn.checkpoint.opening import ASIDE, local_path, opened, read_piece
+from fabricfn.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One leaf of a checkpoint."""
+
+    path: str
+    """Where it is in the tree: "model/params/0.weight"."""
+    kind: str
+    """ "tensor", "array", "number" (of numpy), or the type of a plain value."""
+    dtype: str
+    """ "float32", ...; empty for a plain value."""
+    shape: tuple[int, ...]
+    bytes: int
+    """What it takes in the data files; 0 for a plain value, and for an array that is stored at another entry."""
+    value: Any
+    """A plain value; None for an array."""
+
+    def __str__(self) -> str:
+        if self.kind not in ARRAYS:
+            return f"{self.path} = {self.value!r}"
+        return f"{self.path}: {self.dtype}{list(self.shape)}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a checkpoint contains. `print` shows it as a table."""
+
+    path: Path
+    save_id: str
+    """32 hexadecimal digits that no other save has."""
+    created: datetime
+    """When it was committed, in UTC."""
+    world_size: int
+    """How many ranks wrote it."""
+    strategy: str
+    """The strategy that they used."""
+    bytes: int
+    """The size of all files together."""
+    entries: tuple[Entry, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.path}: {self.bytes:,} bytes, {len(self.entries)} entries, saved {self.created:%Y-%m-%d %H:%M:%S}"
+        by = f"by {self.world_size} rank{'s' if self.world_size > 1 else ''} ({self.strategy})"
+        return "\n".join([f"{head} UTC {by}", *(f"  {entry}" for entry in self.entries)])
+
+
+def inspect_checkpoint(path: str | os.PathLike[str]) -> Summary:
+    """What a checkpoint contains, from its manifest; its arrays are not read. Not collective, imports no torch.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its manifest, a file's size or a file's header is damaged.
+    """
+    with opened(path) as source:
+        manifest = source.manifest
+        entries: list[Entry] = []
+        for index, place in paths_of(manifest.tree).items():
+            leaf = manifest.leaves[index]
+            plain = leaf.kind not in ARRAYS
+            stored = not plain and leaf.alias is None
+            entries.append(
+                Entry(
+                    path=path_text(place),
+                    kind=leaf.kind,
+                    dtype=leaf.dtype,
+                    shape=leaf.shape,
+                    bytes=array_bytes(leaf.dtype, leaf.shape) if stored else 0,
+                    value=plain_value(leaf) if plain else None,
+                )
+            )
+        return Summary(
+            path=source.path,
+            save_id=manifest.save_id,
+            created=datetime.fromtimestamp(manifest.created, UTC),
+            world_size=manifest.world_size,
+            strategy=manifest.strategy,
+            bytes=source.size,
+            entries=tuple(entries),
+        )
+
+
+def verify_checkpoint(path: str | os.PathLike[str]) -> Summary:
+    """Read every byte of a checkpoint and check it. Not collective, imports no torch, needs 4 MiB of memory.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Returns:
+        what it contains.
+
+    Raises:
+        CheckpointError: something is missing or damaged; the message names every damaged entry and its file.
+    """
+    summary = inspect_checkpoint(path)
+    with opened(path) as source:
+        problems: list[str] = []
+        for index, place in paths_of(source.manifest.tree).items():
+            for piece in source.manifest.leaves[index].pieces:
+                try:
+                    read_piece(source, piece, None, path_text(place))
+                except CheckpointError as error:
+                    problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n".join(problems[:20]))
+    return summary
+
+
+def _order(path: Path) -> tuple[list[int], float]:
+    """The numbers in a name, left to right, then the time of the commit."""
+    numbers = [int(digits) for digits in re.findall(r"\d{1,4000}", path.name)]
+    with contextlib.suppress(OSError):
+        return numbers, (path / MANIFEST).stat().st_mtime
+    return numbers, 0.0
+
+
+def _candidates(folder: str | os.PathLike[str]) -> list[Path]:
+    """The sub-folders that may be checkpoints, oldest first; one that a killed save had put aside, by its true name."""
+    place = local_path(folder)
+    if not place.is_dir():
+        return []
+    found: set[Path] = set()
+    for entry in place.iterdir():
+        aside = ASIDE.fullmatch(entry.name)
+        if aside is not None:
+            found.add(place / aside[1])
+        elif entry.name[0] != "." and entry.is_dir():
+            found.add(entry)
+    return sorted(found, key=_order)
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first: by the numbers in their names, then by time.
+
+    Manifests, file sizes and file headers are checked, the arrays are not read (`verify_checkpoint` does). A folder
+    that does not exist has none. Not collective, imports no torch.
+    """
+    return [path for path in _candidates(folder) if _trouble(path) is None]
+
+
+def latest(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest whole checkpoint in a folder, by the numbers in its name, then by time. Not collective.
+
+    A newer one that is unfinished or damaged is passed over with a warning that says why.
+
+    Returns:
+        its path, or None when there is none: `if path := ff.latest(folder): state = ff.load(rt, path, state)`.
+    """
+    passed: list[str] = []
+    for path in reversed(_candidates(folder)):
+        trouble = _trouble(path)
+        if trouble is None:
+            if passed:
+                warnings.warn(f"ff.latest falls back to {path}. {' '.join(passed)}", stacklevel=2)
+            return path
+        if (path / MANIFEST).exists() or (path / "data").exists():
+            passed.append(trouble)
+    if passed:
+        warnings.warn(f"ff.latest finds no whole checkpoint in {os.fspath(folder)}. {' '.join(passed)}", stacklevel=2)
+    return None
+
+
+def _trouble(path: Path) -> str | None:
+    """Why a folder is no whole checkpoint; None when it is one."""
+    try:
+        with opened(path, say=False):
+            return None
+    except CheckpointError as error:
+        return str(error)

@@ -1,0 +1,203 @@
+"""`load`: the tree of a checkpoint, in the shape of a template, every byte checked."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from fabricfn.checkpoint.agreement import together
+from fabricfn.checkpoint.arrays import identity, read_array, torch_dtype
+from fabricfn.checkpoint.fitting import Fit, Want, built, fit
+from fabricfn.checkpoint.manifest import ARRAYS, Leaf, path_text, plain_value
+from fabricfn.checkpoint.opening import Source, opened
+from fabricfn.checkpoint.outline import Only, listing, nothing_selected, prune
+from fabricfn.errors import CheckpointError, MismatchError
+from fabricfn.records import caller
+from fabricfn.runtimes import Runtime
+
+READERS = 4
+FEW_BYTES = 8 << 20
+"""Below this, threads cost more than they save."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What `load` returns with `remainder=True` or `strict=False`."""
+
+    tree: Any
+    """The loaded tree, in the shape of the template."""
+    rest: dict[str | int, Any]
+    """What the checkpoint has and the template does not, as nested dicts by the parts of its paths."""
+    missing: tuple[str, ...]
+    """The paths that the template has and the checkpoint does not; the tree holds the template's own values there."""
+
+
+def load(
+    rt: Runtime,
+    path: str | os.PathLike[str],
+    like: Any = None,
+    *,
+    only: Only = None,
+    strict: bool = True,
+    remainder: bool = False,
+    donate: bool = False,
+) -> Any:
+    """Read a checkpoint, whatever strategy and world size wrote it.
+
+    Laws: `load(rt, path, like=tree)` after `save(rt, path, tree)` is `tree` bit for bit. A damaged or missing byte of
+    what is read is an error, never a wrong value. Nothing is unpickled or imported.
+
+    Args:
+        rt: the runtime. Collective: every rank calls it, and every rank gets the whole tree.
+        path: the folder that `save` made; `latest(folder)` finds the newest.
+        like: the template: a tree of the same structure, which decides the classes and devices. It is left alone.
+            Where it has None, and without it, plain dicts, lists and tuples come back, tensors on `rt.device`.
+            Tensors on the meta device stand for tensors on `rt.device`.
+        only: what to load, by path ("model", "model/params/*.weight", several, or a predicate of a leaf's path); only
+            its bytes are read. Elsewhere the result holds the template's own values.
+        strict: every entry of `like` must be in the checkpoint. Further entries of its dicts are the remainder, never
+            an error; a record (a Model, an Optimizer, a dataclass) has the same entries on both sides.
+        remainder: return `Loaded`, whose `rest` has what the template does not name, in records too.
+        donate: overwrite the tensors of `like`, which is given away: no second copy in memory. When the load fails,
+            their values are lost.
+
+    Returns:
+        The tree; a `Loaded` when `remainder` or not `strict`. Tensors own their memory.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, it is damaged, or it does not fit `like`: then one message names
+            every entry that is missing or has another shape or dtype.
+        MismatchError: the ranks found different checkpoints at `path`.
+
+    Example:
+        >>> import tempfile, torch, fabricfn as ff
+        >>> with tempfile.TemporaryDirectory() as folder, ff.runtime(devices=1, accelerator="cpu") as rt:
+        ...     receipt = ff.save(rt, folder + "/last", {"w": torch.ones(2), "cursor": ff.Cursor(epoch=3)})
+        ...     ff.load(rt, receipt.path, {"w": torch.zeros(2), "cursor": ff.Cursor()})
+        {'w': tensor([1., 1.]), 'cursor': Cursor(seed=0, epoch=3, index=0)}
+    """
+    what, where = f"ff.load of {os.fspath(path)}", caller() if donate else None
+    with contextlib.ExitStack() as stack:
+
+        def plan() -> tuple[tuple[Source, Fit], str]:
+            source = stack.enter_context(opened(path))
+            manifest = source.manifest
+            tree = prune(manifest.tree, only)
+            if tree is None:
+                raise nothing_selected(only, manifest.tree)
+            extras = remainder or not strict
+            found = fit(manifest, tree, like, only=only, exact=strict, extras=extras, where=where)
+            return (source, _accepted(found, source)), manifest.save_id
+
+        (source, found), save_ids = together(rt.world, what, plan)
+        if len(set(save_ids)) > 1:
+            raise MismatchError(
+                f"{what}: the ranks found different checkpoints there (save ids {', '.join(s[:8] for s in save_ids)};"
+                f" this is rank {rt.rank}). Was it replaced meanwhile? Load again once the save is done."
+            )
+        return together(rt.world, what, lambda: (_read(rt, source, found, where, remainder or not strict), None))[0]
+
+
+def _accepted(found: Fit, source: Source) -> Fit:
+    if found.problems:
+        raise CheckpointError(
+            f"{source.path} does not fit the template in {len(found.problems)} places; build the template as when it"
+            " was saved, or load a part (only=...), or take what fits (strict=False), or load without a template."
+            f"{listing(found.problems)}"
+        )
+    return found
+
+
+def _read(rt: Runtime, source: Source, found: Fit, where: str | None, wrap: bool) -> Any:
+    if where is not None:
+        for adapter, record in found.claims:
+            adapter.claim(record, where)
+    values = _values(rt, source, found.wants, where is not None)
+    tree = built(found.build, values)
+    if not wrap:
+        return tree
+    rest: dict[str | int, Any] = {}
+    for path, build in found.rest:
+        place = rest
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = built(build, values)
+    return Loaded(tree=tree, rest=rest, missing=found.missing)
+
+
+def _values(rt: Runtime, source: Source, wants: Sequence[Want], donate: bool) -> list[Any]:
+    """The values of leaves; what is one array in the checkpoint and in the template is one array again.
+
+    Arrays are read by a few threads, one array each at a time: reading and checking use no lock of Python's.
+    """
+    leaves = source.manifest.leaves
+    keys = [_key(leaves, want) for want in wants]
+    first = {key: want for key, want in zip(reversed(keys), reversed(wants), strict=True) if key is not None}
+
+    def read(item: tuple[Hashable, Want]) -> tuple[Hashable, Any]:
+        key, want = item
+        return key, _read_leaf(rt, source, _whole(leaves, want), want.like, donate, path_text(want.path))
+
+    if sum(piece.size for want in first.values() for piece in _whole(leaves, want).pieces) < FEW_BYTES:
+        found = dict(map(read, first.items()))
+    else:
+        with ThreadPoolExecutor(READERS) as pool:
+            found = dict(pool.map(read, first.items()))
+    pairs = zip(keys, wants, strict=True)
+    return [plain_value(leaves[want.leaf]) if key is None else found[key] for key, want in pairs]
+
+
+def _key(leaves: Sequence[Leaf], want: Want) -> Hashable | None:
+    """Equal for wanted leaves that are one array in the checkpoint and in the template; None for plain values."""
+    leaf = leaves[want.leaf]
+    if leaf.kind not in ARRAYS:
+        return None
+    base = want.leaf if leaf.alias is None else leaf.alias
+    return base, None if want.like is None else identity(want.like) or id(want.like)
+
+
+def _whole(leaves: Sequence[Leaf], want: Want) -> Leaf:
+    """The leaf that has the pieces."""
+    leaf = leaves[want.leaf]
+    return leaf if leaf.alias is None else leaves[leaf.alias]
+
+
+def _read_leaf(rt: Runtime, source: Source, leaf: Leaf, like: Any, donate: bool, what: str) -> Any:
+    if leaf.kind != "tensor":
+        into = torch.empty(leaf.shape, dtype=torch_dtype(leaf), device="cpu")
+        read_array(source, leaf, into, what)
+        if leaf.kind == "number":
+            return into.numpy()[()]
+        if donate and like is not None:
+            np.copyto(like, into.numpy())
+            return like
+        return into.numpy()
+    if not isinstance(like, torch.Tensor):
+        into = torch.empty(leaf.shape, dtype=torch_dtype(leaf), device="cpu")
+        read_array(source, leaf, into, what)
+        return into if leaf.host else into.to(rt.device)
+    return _read_like(rt, source, leaf, like, donate, what)
+
+
+def _read_like(rt: Runtime, source: Source, leaf: Leaf, like: torch.Tensor, donate: bool, what: str) -> torch.Tensor:
+    with torch.no_grad():
+        values = like.detach()
+        fill = donate and not like.is_meta
+        if fill and like.device.type == "cpu" and like.is_contiguous() and not like.is_conj() and not like.is_neg():
+            read_array(source, leaf, values, what)
+            if not like.is_inference():
+                torch.autograd.graph.increment_version(like)
+            return like
+        into = torch.empty_like(values, device="cpu")
+        read_array(source, leaf, into, what)
+        if fill:
+            return like.copy_(into)
+        loaded = into.to(rt.device if like.is_meta else like.device)
+    if type(like) is torch.nn.Parameter:
+        return torch.nn.Parameter(loaded, requires_grad=like.requires_grad)
+    return loaded.requires_grad_(like.requires_grad)

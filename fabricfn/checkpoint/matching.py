@@ -1,0 +1,53 @@
+"""Which leaf of a checkpoint may stand where the template has a leaf, and how messages name the two."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fabricfn.checkpoint.arrays import advice, array_leaf
+from fabricfn.checkpoint.manifest import ARRAYS, Leaf, Node, plain_leaf
+
+
+def leaf_of(like: Any) -> Leaf | str:
+    """What the template expects; or what is wrong with it. A tensor on the meta device stands for one with values."""
+    if isinstance(like, torch.Tensor) and like.is_meta:
+        return Leaf(kind="tensor", dtype=str(like.dtype).removeprefix("torch."), shape=tuple(like.shape))
+    return plain_leaf(like) or array_leaf(like, False) or advice(like)
+
+
+def fits(found: Leaf, expected: Leaf) -> bool:
+    """Arrays have the same kind, dtype and shape; numbers and other plain values may stand for each other."""
+    if _sort(found) != _sort(expected):
+        return False
+    return _sort(found) == "plain" or (found.dtype, found.shape) == (expected.dtype, expected.shape)
+
+
+def _sort(leaf: Leaf) -> str:
+    return leaf.kind if leaf.kind in ("tensor", "array") else "plain"
+
+
+def leaf_text(leaf: Leaf) -> str:
+    """A leaf as messages name it: "a tensor float32[2, 3]"."""
+    if leaf.kind in ARRAYS:
+        return f"a {leaf.kind} {leaf.dtype}{list(leaf.shape)}"
+    return f"a plain value ({leaf.kind})"
+
+
+def node_text(node: Node | int | None, leaves: tuple[Leaf, ...]) -> str:
+    """A place of a checkpoint's tree as messages name it."""
+    if type(node) is int:
+        return leaf_text(leaves[node])
+    return f"a {node.kind}" if type(node) is Node else "nothing"
+
+
+def unfillable(like: Any) -> str:
+    """Why an array of the template cannot be overwritten; empty when it can."""
+    if isinstance(like, torch.Tensor):
+        if like.is_meta:
+            return "a tensor on the meta device. Write value.to_empty(device=rt.device)"
+        if any(stride == 0 and length > 1 for stride, length in zip(like.stride(), like.shape, strict=True)):
+            return "an expanded tensor. Write value.clone()"
+    if type(like) is np.ndarray and not like.flags.writeable:
+        return "a read-only array. Write value.copy()"
+    return ""

@@ -1,0 +1,198 @@
+"""Opening a checkpoint and reading parts of it by position, every block checked. No torch.
+
+safetensors' own reader maps the file into memory, where a truncation kills the process. Since the header of a data file
+follows from the manifest, it is compared, never parsed.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import re
+import stat
+import warnings
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+
+from fabricfn.checkpoint.manifest import BLOCK, DATA, MANIFEST, MANIFEST_LIMIT, Manifest, Piece
+from fabricfn.checkpoint.validation import from_bytes
+from fabricfn.checkpoint.writing import entries_of, header
+from fabricfn.errors import CheckpointError
+
+READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""Neither a link nor a pipe can lead or hold a reader elsewhere."""
+
+ASIDE = re.compile(r"\.old-(.+)-[0-9a-f]{32}", re.DOTALL)
+"""The name under which a replaced checkpoint stands for a moment, its true name inside (see `commit.put_in_place`)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An open checkpoint. It stays readable when another one takes its place."""
+
+    path: Path
+    """Where it was found."""
+    manifest: Manifest
+    size: int
+    """The bytes of all its files."""
+    fds: tuple[int, ...]
+    """One descriptor for each data file."""
+    origins: tuple[int, ...]
+    """Where the data section of each data file begins."""
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], say: bool = True) -> Generator[Source]:
+    """The checkpoint at `path`, whose manifest, file sizes and file headers were checked.
+
+    Args:
+        path: the folder.
+        say: warn when the folder is the one that a killed save had put aside.
+
+    Raises:
+        CheckpointError: there is none, or it is not whole; the message names the file.
+    """
+    wanted = local_path(path)
+    with contextlib.ExitStack() as stack:
+        while True:
+            place = standing(wanted, say)
+            before = _inode(place)
+            try:
+                source = _open(place, stack)
+                break
+            except FileNotFoundError:
+                if _inode(place) == before:
+                    raise _missing(wanted) from None
+                stack.close()  # another checkpoint took the place meanwhile
+            except OSError as error:
+                raise CheckpointError(f"the checkpoint {place} cannot be opened: {error}.") from error
+        yield source
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path, links resolved; URLs are refused."""
+    text = os.fspath(path)
+    if "://" in text:
+        raise CheckpointError(
+            f"{text!r} is a URL; checkpoints are folders of a file system that all ranks see. Write a path."
+        )
+    return Path(os.path.realpath(text))
+
+
+def standing(place: Path, say: bool) -> Path:
+    """`place`; or, when a save was killed between its two renames, the previous checkpoint that it had put aside."""
+    if place.exists() or not place.parent.is_dir():
+        return place
+    for name in os.listdir(place.parent):
+        found = ASIDE.fullmatch(name)
+        if found is None or found[1] != place.name or not (place.parent / name / MANIFEST).exists():
+            continue
+        if say:
+            warnings.warn(
+                f"{place} was being replaced when the save was killed; this is the checkpoint that stood there before,"
+                f" {name}.",
+                stacklevel=2,
+            )
+        return place.parent / name
+    return place
+
+
+def _folder(path: str | Path, stack: contextlib.ExitStack, within: int | None = None) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=within)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _file(name: str, stack: contextlib.ExitStack, within: int, what: str) -> tuple[int, int]:
+    try:
+        fd = os.open(name, READ, dir_fd=within)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CheckpointError(f"{what} is a symbolic link; the files of a checkpoint are plain files.") from None
+        raise
+    stack.callback(os.close, fd)
+    facts = os.fstat(fd)
+    if not stat.S_ISREG(facts.st_mode):
+        raise CheckpointError(f"{what} is not a plain file.")
+    return fd, facts.st_size
+
+
+def _open(place: Path, stack: contextlib.ExitStack) -> Source:
+    folder = _folder(place, stack)
+    fd, manifest_size = _file(MANIFEST, stack, folder, f"{place / MANIFEST}")
+    data = read_at(fd, min(manifest_size, MANIFEST_LIMIT + 1), 0)
+    manifest = from_bytes(data, str(place / MANIFEST))
+    fds: list[int] = []
+    origins: list[int] = []
+    within = _folder(DATA, stack, folder) if manifest.files else -1
+    for (name, size), entries in zip(manifest.files, entries_of(manifest.leaves, len(manifest.files)), strict=True):
+        fd, found = _file(name.removeprefix(DATA + "/"), stack, within, f"{place / name}")
+        expected = header(manifest.save_id, entries)
+        end = entries[-1][2].start + entries[-1][2].size if entries else 0
+        if found != size or found != len(expected) + end:
+            raise CheckpointError(
+                f"{place / name} has {found:,} bytes, the manifest says {size:,}: it is cut off or of another save."
+            )
+        if read_at(fd, len(expected), 0) != expected:
+            raise CheckpointError(
+                f"{place / name} begins otherwise than the manifest says: it is damaged or of another save."
+            )
+        fds.append(fd)
+        origins.append(len(expected))
+    total = manifest_size + sum(size for _, size in manifest.files)
+    return Source(path=place, manifest=manifest, size=total, fds=tuple(fds), origins=tuple(origins))
+
+
+def _inode(place: Path) -> int | None:
+    try:
+        return os.stat(place).st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _missing(place: Path) -> CheckpointError:
+    if not place.is_dir():
+        parent = place.parent
+        names = sorted(found.name for found in parent.iterdir() if found.name[0] != ".") if parent.is_dir() else []
+        there = f"{parent} holds {', '.join(names[:10]) or 'nothing'}" if parent.is_dir() else f"there is no {parent}"
+        return CheckpointError(f"there is no checkpoint at {place}; {there}.")
+    inside = sorted(found.parent.name for found in place.glob(f"*/{MANIFEST}") if found.parent.name[0] != ".")
+    if inside and not (place / MANIFEST).exists():
+        return CheckpointError(
+            f"{place} is a folder of checkpoints ({', '.join(inside[-3:])}), not one. Write"
+            f" ff.load(rt, ff.latest({str(place)!r}), ...)."
+        )
+    return CheckpointError(f"{place} is not a whole checkpoint: its {MANIFEST} or one of its data files is missing.")
+
+
+def read_at(fd: int, size: int, start: int) -> bytes:
+    """`size` bytes from `start`, fewer where the file ends."""
+    found: list[bytes] = []
+    while size and (part := os.pread(fd, size, start)):
+        found.append(part)
+        size, start = size - len(part), start + len(part)
+    return b"".join(found)
+
+
+def read_piece(source: Source, piece: Piece, into: memoryview | None, what: str) -> None:
+    """Check every block of a piece, and fill `into`, which is as large as the piece; None only checks.
+
+    `what` is the leaf's path, for the message.
+    """
+    fd, begin = source.fds[piece.file], source.origins[piece.file] + piece.start
+    scratch = memoryview(bytearray(min(BLOCK, piece.size) if into is None else 0))
+    for number, expected in enumerate(piece.crc32):
+        at = number * BLOCK
+        length = min(BLOCK, piece.size - at)
+        block = scratch[:length] if into is None else into[at : at + length]
+        filled = 0
+        while filled < length and (count := os.preadv(fd, [block[filled:]], begin + at + filled)):
+            filled += count
+        if filled < length or zlib.crc32(block) != expected:
+            name = source.manifest.files[piece.file][0]
+            raise CheckpointError(
+                f"{source.path / name} is damaged: the checksum of block {number} of {what!r} (bytes {begin + at:,} to"
+                f" {begin + at + length:,}) is wrong. Load another checkpoint: ff.latest(folder) finds the newest"
+                " whole one, ff.verify_checkpoint(path) reads one completely."
+            )

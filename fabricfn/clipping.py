@@ -1,0 +1,183 @@
+"""Clipping gradients, by norm or by value, without waiting for the device."""
+
+import math
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+
+from fabricfn.errors import ConfigurationError, GradientError
+from fabricfn.records import Grads, Lease, caller, watching
+from fabricfn.runtimes import Runtime
+from fabricfn.tree import tree_flatten, tree_unflatten
+
+G = TypeVar("G")
+
+_kernels: Any = torch
+"""The functions on lists of tensors have no types."""
+
+
+def clip_gradients(
+    rt: Runtime,
+    grads: G,
+    *,
+    max_norm: float | None = None,
+    norm_type: float | str = 2.0,
+    clip_val: float | None = None,
+    error_if_nonfinite: bool = False,
+    donate: bool = False,
+) -> tuple[G, torch.Tensor]:
+    """Limit gradients: all together to a norm, or each number to an interval.
+
+    With `max_norm`, everything is multiplied by `max_norm / (total_norm + 1e-6)` where that is below 1, as
+    `torch.nn.utils.clip_grad_norm_` does; one norm over all the models of a tree. With `clip_val`, each number is put
+    into [-clip_val, clip_val]. Not collective under strategies that keep whole gradients on every rank.
+
+    Args:
+        grads: one `Grads` or any pytree of them. Entries that are None stay None.
+        max_norm: the largest norm; give either this or `clip_val`.
+        norm_type: any p > 0, or "inf".
+        clip_val: the largest absolute value of a number.
+        error_if_nonfinite: look whether the norm is finite; this waits for the device.
+        donate: scale in place and give the gradients away; using them again raises `DonatedError`. Same bits.
+
+    Returns:
+        (clipped, total_norm): the norm before clipping (with `clip_val`: the 2-norm, unless `norm_type` says
+        otherwise), a 0-dim tensor on the device of the gradients, the same on every rank.
+
+    Raises:
+        ConfigurationError: both or neither of `max_norm` and `clip_val`, or a negative limit.
+        GradientError: the norm is not finite, and `error_if_nonfinite`; names the parameters.
+        DonatedError: the gradients were given away.
+
+    Example:
+        >>> import torch, fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> model = ff.setup_model(rt, torch.nn.Linear(4, 1))
+        >>> loss, grads = ff.value_and_grad(rt, lambda net, x: net(x).sum())(model, torch.ones(3, 4))
+        >>> grads, norm = ff.clip_gradients(rt, grads, max_norm=1.0)
+        >>> round(norm.item(), 3)
+        6.708
+    """
+    if (max_norm is None) == (clip_val is None):
+        raise ConfigurationError(
+            f"clip_gradients takes one limit, either max_norm or clip_val; it got {max_norm=}, {clip_val=}. Write"
+            " clip_gradients(rt, grads, max_norm=1.0)."
+        )
+    limit = max_norm if clip_val is None else clip_val
+    if limit is None or not limit >= 0:
+        raise ConfigurationError(f"a limit for clipping is a number >= 0; it is {limit}")
+    records: list[Grads]
+    records, spec = ([grads], None) if type(grads) is Grads else tree_flatten(grads, _is_grads)
+    strangers = {type(record).__name__ for record in records if type(record) is not Grads}
+    if strangers:
+        raise ConfigurationError(
+            f"clip_gradients takes Grads, or a pytree of them; it found {', '.join(sorted(strangers))}. Write"
+            " grads, norm = clip_gradients(rt, grads, max_norm=1.0)."
+        )
+    for record in records:
+        lease = record.lease
+        if lease.spent is not None or lease.values is not None:
+            lease.check("Grads")
+    tensors: list[torch.Tensor] = [g for record in records for g in record.params.values() if g is not None]
+    with torch.no_grad():
+        total_norm = _total_norm(tensors, _order(norm_type), rt.device)
+        if error_if_nonfinite and not torch.isfinite(total_norm):
+            raise GradientError(_blame(records, total_norm, rt.rank))
+        clipped = _clip(tensors, total_norm, max_norm, clip_val, donate)
+    out = _given_away(records) if donate else _replaced(records, clipped)
+    made: Any = out[0] if spec is None else tree_unflatten(spec, out)
+    return made, total_norm
+
+
+def _is_grads(node: Any) -> bool:
+    return type(node) is Grads
+
+
+def _order(norm_type: float | str) -> float:
+    try:
+        order = float(norm_type)
+    except (TypeError, ValueError):
+        order = math.nan
+    if not order > 0:
+        raise ConfigurationError(f'norm_type is a number > 0 or "inf"; it is {norm_type!r}')
+    return order
+
+
+def _total_norm(tensors: Sequence[torch.Tensor], order: float, device: torch.device) -> torch.Tensor:
+    """The norm of all numbers together, as `torch.nn.utils.get_total_norm` computes it."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    norms: list[torch.Tensor] = [*_kernels._foreach_norm(tensors, order)]
+    first = norms[0].device
+    if any(norm.device != first for norm in norms):
+        norms = [norm.to(first) for norm in norms]
+    total: torch.Tensor = _kernels.linalg.vector_norm(torch.stack(norms), order)
+    return total
+
+
+def _clip(
+    tensors: Sequence[torch.Tensor],
+    total_norm: torch.Tensor,
+    max_norm: float | None,
+    clip_val: float | None,
+    donate: bool,
+) -> Sequence[torch.Tensor]:
+    if not tensors:
+        return ()
+    if max_norm is not None:
+        factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+        if any(tensor.device != factor.device for tensor in tensors):
+            made = [tensor * factor.to(tensor.device) for tensor in tensors]
+            return _written(tensors, made) if donate else made
+        if donate:
+            _kernels._foreach_mul_(tensors, factor)
+            return tensors
+        return _kernels._foreach_mul(tensors, factor)
+    assert clip_val is not None
+    made = _kernels._foreach_clamp_max(tensors, clip_val)
+    _kernels._foreach_clamp_min_(made, -clip_val)
+    return _written(tensors, made) if donate else made
+
+
+def _written(tensors: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    for tensor, new in zip(tensors, made, strict=True):
+        tensor.copy_(new)
+    return tensors
+
+
+def _replaced(records: Sequence[Grads], clipped: Sequence[torch.Tensor]) -> list[Grads]:
+    tensors = iter(clipped)
+    out: list[Grads] = []
+    for record in records:
+        params = {name: None if old is None else next(tensors) for name, old in record.params.items()}
+        out.append(Grads(params=MappingProxyType(params), new_buffers=record.new_buffers, ref=record.ref))
+    return out
+
+
+def _given_away(records: Sequence[Grads]) -> list[Grads]:
+    where = caller()
+    out: list[Grads] = []
+    for record in records:
+        watched = record.lease.values is not None
+        record.lease.spend(where)
+        lease = watching(record.params) if watched else Lease()
+        out.append(Grads(params=record.params, new_buffers=record.new_buffers, ref=record.ref, lease=lease))
+    return out
+
+
+def _blame(records: Sequence[Grads], total_norm: torch.Tensor, rank: int) -> str:
+    names: list[Any] = [
+        name
+        for record in records
+        for name, grad in record.params.items()
+        if grad is not None and not bool(torch.isfinite(grad).all())
+    ]
+    found = (
+        f"in {', '.join(names[:8])}{', ...' if names[8:] else ''}" if names else "every number is, their norm is not"
+    )
+    return (
+        f"the gradients are not finite on rank {rank}: their norm is {total_norm.item()} ({found}). Leave the step out,"
+        " lower the learning rate, or look for the first NaN with torch.autograd.detect_anomaly()."
+    )

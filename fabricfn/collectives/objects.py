@@ -1,0 +1,73 @@
+"""Collectives without tensors: waiting for each other, and exchanging objects."""
+
+import pickle
+from typing import Any
+
+from fabricfn.collectives.agreement import agree, attempt, take_apart
+from fabricfn.collectives.groups import Axis, members_of
+from fabricfn.collectives.messages import all_gather_bytes
+from fabricfn.collectives.parcels import words_device
+from fabricfn.errors import ConfigurationError
+from fabricfn.runtimes import Runtime
+
+
+def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
+    """Wait until every rank is here.
+
+    Args:
+        rt: the runtime.
+        name: what is waited for; ranks that wait at barriers of different names get an error that says so.
+        axis: None for all ranks, or a tuple of ranks.
+
+    Raises:
+        MismatchError: another rank is at another barrier or in another collective.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> ff.barrier(rt, "data is downloaded")
+    """
+    members = members_of(rt.world, axis)
+    agree(rt.world, members, f"barrier({'' if name is None else repr(name)})", take_apart(()), None)
+
+
+def all_gather_object(rt: Runtime, obj: Any, *, axis: Axis = None) -> list[Any]:
+    """Every rank's object, by rank: anything that can be pickled. For tensors `all_gather` is much faster.
+
+    Args:
+        rt: the runtime.
+        obj: may differ in every respect between ranks.
+        axis: None for all ranks, or a tuple of ranks.
+
+    Returns:
+        On every rank a list of copies.
+
+    Raises:
+        ConfigurationError: it cannot be pickled.
+        MismatchError: another rank's could not be pickled, or another rank is in another collective.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> ff.all_gather_object(rt, "text")
+        ['text']
+    """
+    members = members_of(rt.world, axis)
+    data, problem = attempt(pickled, obj)
+    agree(rt.world, members, "all_gather_object()", take_apart(()), problem)
+    return [pickle.loads(item) for item in all_gather_bytes(data, members.group, words_device(rt.world, members))]
+
+
+def pickled(obj: Any) -> bytes:
+    """The object as bytes.
+
+    Raises:
+        ConfigurationError: it cannot be pickled.
+    """
+    try:
+        return pickle.dumps(obj)
+    except Exception as error:  # whatever a __reduce__ raises
+        raise ConfigurationError(
+            f"an object of type {type(obj).__qualname__} cannot travel to other ranks, since pickle refuses it"
+            f" ({error}). Pass plain data instead."
+        ) from error

@@ -1,0 +1,277 @@
+"""Data: loaders shared out over the ranks, in an order that is a function of (seed, epoch, position) alone.
+
+The dataset, the workers, the collate function and the rest of a user's DataLoader are not touched: it is given other
+indices, nothing more.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
+from operator import index
+from typing import Any, Literal, SupportsIndex, TypeVar, cast, overload
+
+import torch
+from torch.utils.data import DataLoader
+
+from fabricfn.errors import ConfigurationError, DataError
+from fabricfn.feeds import Feed, make_feed
+from fabricfn.order import Deal, Tail, cut, num_steps, step_ends
+from fabricfn.records import Cursor
+from fabricfn.runtimes import Runtime
+from fabricfn.transfers import to_device
+
+T = TypeVar("T")
+
+FEED = "_fabricfn_feed"
+"""The attribute by which a loader that was set up is known: its `Feed`, or None where the order is the user's."""
+
+
+def setup_dataloader(rt: Runtime, loader: DataLoader[T], *, shard: bool = True, tail: Tail = "spread") -> DataLoader[T]:
+    """The loader as this rank uses it: a DataLoader over the rank's share of the samples.
+
+    Laws: over the ranks, every sample comes exactly once an epoch (`tail="drop"` leaves out less than one step). The
+    global order depends on (seed, epoch) alone: not on the world size, the batch size or the number of workers. Step s
+    takes the next world_size * batch_size samples of it, rank r the r-th contiguous slice. All ranks take the same
+    number of steps, and no rank ever gets an empty batch. No global random state is read or changed.
+
+    Go through it with `batches`, which takes an epoch or a `Cursor`. Iterating the loader itself works too: it counts
+    its epochs from 0, one per iteration, with `rt.seed`.
+
+    Args:
+        rt: the runtime.
+        loader: a DataLoader over a map-style dataset, with torch's own samplers: `shuffle=True` (or a `RandomSampler`)
+            shuffles, `shuffle=False` keeps the dataset's order. `batch_size` is per rank; None makes every item of the
+            dataset a batch. Dataset, workers, `collate_fn`, `worker_init_fn`, pinned memory and a loader's own class
+            are kept; the loader that was passed is left alone. Its `generator` is not used: the order and the seeds
+            of the workers are functions of (seed, epoch), the latter also of the rank.
+        shard: False leaves everything to the loader: order, sampler and generator are as they were, and every rank
+            goes through all that its loader yields. For custom samplers, batch samplers and iterable datasets that
+            share out the data themselves.
+        tail: what becomes of an incomplete last step. "spread" deals it out evenly, and where it holds less than one
+            row a rank, cuts the last two steps into two halves (with `batch_size=1`: joins them, so that some ranks
+            get two rows). "drop" leaves it out; a loader with `drop_last=True` means "drop".
+
+    Returns:
+        A new DataLoader of the same class; on every rank its own share.
+
+    Raises:
+        DataError: the sampler is not torch's own, or the data cannot be dealt out to so many ranks.
+        CapabilityError: an iterable dataset.
+        ConfigurationError: an unknown `tail`.
+
+    Warns:
+        UnevenBatchesWarning: rank 0, once per call: ranks get different numbers of rows in the last steps. A mean over
+            ranks is then exact only with `weighted=True`; with it, silence the warning by
+            `warnings.filterwarnings("ignore", category=ff.errors.UnevenBatchesWarning)`.
+
+    Not collective: no communication.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> loader = ff.setup_dataloader(rt, DataLoader(range(5), batch_size=2))
+        >>> [batch.tolist() for batch in loader]
+        [[0, 1], [2, 3], [4]]
+    """
+    return _set_up(rt, loader, shard, tail)
+
+
+def setup_dataloaders(
+    rt: Runtime, *loaders: DataLoader[Any], shard: bool = True, tail: Tail = "spread"
+) -> tuple[DataLoader[Any], ...]:
+    """Several loaders at once: `setup_dataloader` for each.
+
+    Args:
+        rt: the runtime.
+        loaders: as the `loader` of `setup_dataloader`, whose laws and errors hold for each.
+        shard: for all of them, as there.
+        tail: for all of them, as there.
+
+    Returns:
+        One DataLoader for each, in the same order.
+
+    Not collective: no communication.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> train, test = ff.setup_dataloaders(rt, DataLoader(range(8), shuffle=True), DataLoader(range(2)))
+        >>> len(train), len(test)
+        (8, 2)
+    """
+    # map, not a comprehension: that is a frame of its own in Python 3.11, and warnings name the caller by depth.
+    return tuple(map(partial(_set_up, rt, shard=shard, tail=tail), loaders))
+
+
+def _set_up(rt: Runtime, loader: DataLoader[T], shard: bool, tail: Tail) -> DataLoader[T]:
+    if not isinstance(loader, DataLoader):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DataError(
+            f"setup_dataloader takes a torch.utils.data.DataLoader, but {type(loader).__name__} was given. Any other"
+            " iterable of batches goes to ff.batches(rt, iterable) as it is."
+        )
+    if tail not in ("spread", "drop"):
+        raise ConfigurationError(f'tail={tail!r} is unknown; there are tail="spread" and tail="drop".')
+    if FEED in vars(loader):
+        raise DataError("this loader was set up already. Call ff.setup_dataloader once, on the DataLoader you built.")
+    # A copy of the object, not a new one from its arguments: those of a user's own class are not known.
+    mine = copy.copy(loader)
+    fields: dict[str, Any] = {"_iterator": None, FEED: None}
+    if shard:
+        feed = make_feed(rt, loader, tail)
+        fields |= {FEED: feed, "generator": feed.generator, "sampler" if feed.deal.ready else "batch_sampler": feed}
+    # Not setattr: DataLoader refuses to change these attributes after its __init__.
+    vars(mine).update(fields)
+    return mine
+
+
+@overload
+def batches(
+    rt: Runtime,
+    loader: Iterable[T],
+    cursor: Cursor | SupportsIndex | None = None,
+    *,
+    move_to_device: bool = True,
+    with_cursor: Literal[False] = False,
+) -> Iterator[T]: ...
+@overload
+def batches(
+    rt: Runtime,
+    loader: Iterable[T],
+    cursor: Cursor | SupportsIndex | None = None,
+    *,
+    move_to_device: bool = True,
+    with_cursor: Literal[True],
+) -> Iterator[tuple[T, Cursor]]: ...
+def batches(
+    rt: Runtime,
+    loader: Iterable[Any],
+    cursor: Cursor | SupportsIndex | None = None,
+    *,
+    move_to_device: bool = True,
+    with_cursor: bool = False,
+) -> Iterator[Any]:
+    """The rank's batches from a place in the data to the end of that epoch, on the device.
+
+    Laws: the same cursor gives the same batches. Stopping after any batch and going on from its cursor gives the rest
+    of the epoch, on another world size or batch size too, and skipped samples are not read again. Augmentations made
+    by workers start anew there (their seeds are functions of seed, epoch and rank).
+
+    Args:
+        rt: the runtime.
+        loader: what `setup_dataloader` returned. Or any iterable of batches of this rank: it is gone through as it is.
+            A loader set up with `shard=False` counts as one; its samplers are told the epoch by `set_epoch`, where
+            they have that.
+        cursor: where to start: a `Cursor`, or the number of an epoch (with `rt.seed`), whose order it decides; None is
+            `Cursor(seed=rt.seed, epoch=0, index=0)`.
+        move_to_device: whether every batch is moved by `to_device`.
+        with_cursor: whether to yield pairs (batch, where to go on after it). The last cursor is the start of the next
+            epoch.
+
+    Returns:
+        An iterator over the rank's batches, or over (batch, cursor). With `persistent_workers=True` a loader has one
+        set of workers: a new iteration ends the one before.
+
+    Raises:
+        DataError: the cursor does not fit, the loader has no order to start in or to give cursors for, or, on several
+            ranks, it was not set up (all would get the same data).
+
+    Not collective, but all ranks take the same number of steps.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> loader = ff.setup_dataloader(rt, DataLoader(range(6), batch_size=2))
+        >>> for batch, cursor in ff.batches(rt, loader, ff.Cursor(epoch=3, index=2), with_cursor=True):
+        ...     print(batch, cursor)
+        tensor([2, 3]) Cursor(seed=0, epoch=3, index=4)
+        tensor([4, 5]) Cursor(seed=0, epoch=4, index=0)
+    """
+    feed: Feed | None = getattr(loader, FEED, None)
+    if feed is None:
+        found = _iterate_foreign(rt, loader, cursor, with_cursor)
+        return map(partial(_moved, rt), found) if move_to_device else found
+    if cursor is None or isinstance(cursor, SupportsIndex):
+        cursor = Cursor(seed=rt.seed, epoch=0 if cursor is None else index(cursor))
+    cut(feed.deal, cursor.index)  # raises where the cursor does not fit
+    found = _iterate(loader, feed, cursor, with_cursor)
+    if move_to_device:
+        found = map(partial(_moved, rt), found)
+    return zip(found, _cursors(feed.deal, cursor), strict=True) if with_cursor else found
+
+
+def _iterate(loader: Any, feed: Feed, cursor: Cursor, with_cursor: bool) -> Iterator[Any]:
+    if with_cursor and loader.num_workers > 0 and not loader.in_order:
+        raise DataError(
+            "in_order=False lets batches overtake one another, so there is no one place to go on from. Build the"
+            " DataLoader with in_order=True, or call ff.batches without with_cursor=True."
+        )
+    before, feed.cursor = feed.started, cursor
+    try:
+        found: Iterator[Any] = iter(loader)
+        if feed.started == before:
+            # A class of the user's whose __iter__ is a generator: it asks for indices when the first batch is taken.
+            found = chain(list(islice(found, 1)), found)
+    finally:
+        feed.cursor = None
+    if feed.started == before:
+        raise DataError(
+            f"{type(loader).__name__} did not ask its batch_sampler (or sampler) for the indices of this iteration, so"
+            " it cannot start at a cursor. Let its __iter__ call DataLoader.__iter__ each time, or share out the data"
+            " by yourself: ff.setup_dataloader(rt, loader, shard=False)."
+        )
+    return _until_next(found, feed, feed.started) if loader.persistent_workers else found
+
+
+def _moved(rt: Runtime, batch: object) -> Any:
+    """`to_device`; a flat batch whose tensors are there already is passed on, at a tenth of the cost of walking it."""
+    kind, leaves, device = type(batch), cast(Any, batch), rt.world.device
+    for leaf in leaves if kind is tuple or kind is list else leaves.values() if kind is dict else (leaves,):
+        if type(leaf) is not torch.Tensor or leaf.device != device:
+            return to_device(rt, batch)
+    return batch
+
+
+def _until_next(found: Iterator[T], feed: Feed, started: int) -> Iterator[T]:
+    """The batches; an error once another iteration has taken over the persistent workers: torch would mix the two."""
+    while feed.started == started:
+        try:
+            batch = next(found)
+        except StopIteration:
+            return
+        yield batch
+    raise DataError(
+        "another iteration over this loader began, and with persistent_workers=True both share the workers. Finish one"
+        " before the other, or build the DataLoader with persistent_workers=False."
+    )
+
+
+def _cursors(deal: Deal, start: Cursor) -> Iterator[Cursor]:
+    seed, epoch, left = start.seed, start.epoch, num_steps(deal, start.index)
+    for end in step_ends(deal, start.index):
+        left -= 1
+        yield Cursor(seed=seed, epoch=epoch, index=end) if left else Cursor(seed=seed, epoch=epoch + 1)
+
+
+def _iterate_foreign(
+    rt: Runtime, loader: Any, cursor: Cursor | SupportsIndex | None, with_cursor: bool
+) -> Iterator[Any]:
+    set_up = getattr(loader, FEED, loader) is None
+    if isinstance(loader, DataLoader) and not set_up and rt.world_size > 1:
+        raise DataError(
+            f"this DataLoader was not set up, so all {rt.world_size} ranks would get the same data. Write loader ="
+            " ff.setup_dataloader(rt, loader), or with shard=False if it shares out the data by itself."
+        )
+    if with_cursor or (cursor is not None and not isinstance(cursor, SupportsIndex) and cursor.index):
+        raise DataError(
+            "only a loader from ff.setup_dataloader(rt, loader) has an order of samples to start in or to give cursors"
+            f" for, and this {type(cast(object, loader)).__name__} has none. Use that (with shard=True), or"
+            " Cursor(index=0) and with_cursor=False."
+        )
+    if cursor is not None:
+        epoch = index(cursor) if isinstance(cursor, SupportsIndex) else cursor.epoch
+        for name in ("sampler", "batch_sampler"):
+            set_epoch = getattr(getattr(cast(object, loader), name, None), "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+    return iter(cast("Iterable[Any]", loader))

@@ -1,0 +1,97 @@
+"""Engines and frames: the mutable machinery that values are bound to. Internal; users hold `Model` records.
+
+[Note: slots] An engine that synchronises gradients (DDP's reducer, FSDP's shards) is tied to particular Parameter
+objects, its *slots*. A `Model`'s tensors own their memory; binding makes the slots point there before a run. Slots look
+at records; records never are slots.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from fabricfn.errors import GradientError
+
+if TYPE_CHECKING:
+    from fabricfn.records import Lease
+
+
+@dataclasses.dataclass(slots=True, eq=False, kw_only=True)
+class Frame:
+    """One copy of the network, to which the values of one record at a time are bound."""
+
+    net: nn.Module
+    """What the user's loss function receives."""
+    names: tuple[str, ...]
+    """The parameters' names."""
+    slots: list[nn.Parameter]
+    """The parameters of `net` in the order of `names`, a tied one once."""
+    handle: Any
+    """What the strategy's `attach` returned; None for a frozen frame (a constant of a loss, `apply`)."""
+    places: dict[str, list[tuple[dict[str, torch.Tensor | None], str]]]
+    """For each persistent buffer, where it hangs in `net`; several places for a shared one."""
+    owner: "Lease | None" = None
+    """The lease of the values that the slots point to."""
+    training: frozenset[str] | None = None
+    """The names of the sub-modules now in training mode."""
+    open: bool = False
+    """A run is under way: no other values may be bound."""
+    broken: bool = False
+    """A run failed in the middle: the handle is made again before the next one."""
+
+
+@dataclasses.dataclass(slots=True, eq=False, kw_only=True)
+class Engine:
+    """Everything that stands behind the models of one `setup_model` call."""
+
+    training: frozenset[str]
+    """The sub-modules that were in training mode when the user handed the module over."""
+    sources: tuple["weakref.ref[nn.Parameter]", ...]
+    """The user's own parameters, in the order of the names: an optimizer that was built over them is recognised."""
+    frames: list[Frame]
+    """Frames for differentiation; a second one is made when two records of one engine meet in a loss."""
+    frozen: list[Frame]
+    """Frames for constants and for `apply`: no gradient, no synchronisation."""
+    grow: Callable[[bool], Frame]
+    """Makes one more frame; True makes a frozen one. Under ddp every rank must do so."""
+    hooks: tuple[int, ...]
+    """The ids of the forward hooks that are ours: the casts of a "-true" precision."""
+    attach: Callable[[nn.Module], Any]
+    """Makes the strategy's handle for a net, for a frame whose handle is broken."""
+
+
+def named_modules(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The sub-modules of a net by name, the net itself under ""; a shared one once."""
+    return list(cast("Iterator[tuple[str, nn.Module]]", net.named_modules()))
+
+
+class Box(nn.Module):
+    """What an engine drives in place of the user's module: its forward calls any function of the module."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, fn: Callable[..., Any]) -> Any:
+        """`fn(net)`."""
+        return fn(self.net)
+
+
+def require_all(frames: Sequence[Frame], grads: Sequence[Sequence[torch.Tensor | None]]) -> None:
+    """Raise `GradientError` naming the trainable parameters that got no gradient."""
+    missing = [
+        name
+        for frame, found in zip(frames, grads, strict=True)
+        for name, slot, grad in zip(frame.names, frame.slots, found, strict=True)
+        if grad is None and slot.requires_grad
+    ]
+    if missing:
+        raise GradientError(
+            f"{len(missing)} parameters got no gradient: {', '.join(missing[:8])}{', ...' if missing[8:] else ''}."
+            " Every trainable parameter must take part in the loss, or a synchronised gradient would silently be wrong."
+            " Freeze them (requires_grad_(False) before setup_model), or write"
+            " value_and_grad(rt, loss_fn, allow_unused=True)."
+        )

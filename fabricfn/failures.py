@@ -1,0 +1,135 @@
+"""Exceptions that travel between processes, and which of several was the first cause."""
+
+import dataclasses
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+
+from fabricfn.errors import LaunchError
+
+# What the other ranks see when one has died or hangs. Such an error is a consequence, whenever it was raised.
+_CONSEQUENCES = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "connectfullmesh failed",
+    "socket closed",
+    "timed out waiting",
+    "ncclremoteerror",
+    "application timeout caused pair closure",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One rank's exception as plain data."""
+
+    rank: int
+    """The rank that raised it."""
+    time: float
+    """When, in seconds since the epoch."""
+    summary: str
+    """What happened, in one line: "raised ValueError: no such file", "left by sys.exit(3)"."""
+    text: str
+    """Its traceback, with causes, as Python prints it."""
+    consequence: bool
+    """Whether it only says that another rank is gone."""
+    pickled: bytes | None
+    """The exception object; None where it is no `Exception`, or cannot be pickled."""
+
+
+def record(error: BaseException, rank: int) -> Failure:
+    """The failure of `rank`, to be called where `error` was just caught."""
+    if isinstance(error, SystemExit):
+        summary = f"left by sys.exit({error.code!r})"
+    elif isinstance(error, KeyboardInterrupt):
+        summary = "was interrupted (SIGINT)"
+    else:
+        summary = f"raised {type(error).__name__}: {error}"
+    return Failure(
+        rank=rank,
+        time=time.time(),
+        summary=summary,
+        text="".join(traceback.format_exception(error)).rstrip(),
+        consequence=_is_consequence(error),
+        pickled=_pickled(error),
+    )
+
+
+def _is_consequence(error: BaseException | None) -> bool:
+    """Whether the error, or one that it came from, is that of a lost connection."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, OSError | RuntimeError) and any(sign in text for sign in _CONSEQUENCES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    """The error as bytes that give an equal one back; many classes with an `__init__` of their own do not."""
+    if not isinstance(error, Exception):
+        return None
+    try:
+        data = pickle.dumps(error)
+        same = pickle.loads(data)
+    except Exception:
+        return None
+    return data if type(same) is type(error) and str(same) == str(error) else None
+
+
+def exception_of(failure: Failure) -> Exception:
+    """The rank's own exception with a note that names the rank; a `LaunchError` where it could not travel."""
+    note = f"The traceback on rank {failure.rank}, where this was raised:\n{failure.text}"
+    try:
+        error = None if failure.pickled is None else pickle.loads(failure.pickled)
+    except Exception:
+        error = None
+    if error is None:
+        error = LaunchError(f"rank {failure.rank} {failure.summary}")
+    error.add_note(note)
+    return error
+
+
+def first_cause(
+    failures: Iterable[Failure], deaths: Mapping[int, int], reported: int | None
+) -> tuple[int | None, Failure | None]:
+    """Which rank failed first, and its exception if it left one.
+
+    An exception of its own outranks a death without one, and both outrank the errors of the others, who only lost the
+    connection: the order in which processes are seen to end says nothing, since all end within milliseconds.
+
+    Args:
+        failures: what the ranks recorded.
+        deaths: rank -> exit status of those that ended by themselves and recorded nothing.
+        reported: the rank that the agent saw first.
+
+    Example:
+        >>> first_cause([], {1: -9}, None)
+        (1, None)
+    """
+    ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.time))
+    if ordered and (not ordered[0].consequence or not deaths):
+        return ordered[0].rank, ordered[0]
+    if reported in deaths or not deaths:
+        return reported, None
+    return min(deaths), None
+
+
+def ending(status: int) -> str:
+    """How a process ended, in words.
+
+    Example:
+        >>> ending(3), ending(-9)
+        ('exited with status 3', 'was killed by signal 9 (SIGKILL)')
+    """
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "unknown"
+    return f"was killed by signal {-status} ({name})"

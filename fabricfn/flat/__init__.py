@@ -1,0 +1,23 @@
+"""Lists of tensors through a process group: small ones travel together in flat buffers, large ones alone.
+
+No signature is checked here: every rank must come with the same shapes and dtypes in the same order (`collectives`
+makes sure of that). Every result is a new, contiguous, detached tensor with memory of its own; inputs are untouched.
+`group=None` is a world of one rank.
+"""
+
+from fabricfn.flat.moving import (
+    all_gather as all_gather,
+    all_gather_rows as all_gather_rows,
+    all_to_all as all_to_all,
+    broadcast as broadcast,
+    gather as gather,
+    recv as recv,
+    scatter as scatter,
+    send as send,
+)
+from fabricfn.flat.reducing import (
+    all_reduce as all_reduce,
+    all_reduce_mean as all_reduce_mean,
+    reduce_scatter as reduce_scatter,
+)
+from fabricfn.flat.wire import HALVES as HALVES, Group as Group

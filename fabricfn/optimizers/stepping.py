@@ -1,0 +1,230 @@
+"""One step of any optimizer: pure, or in place with `donate=True`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fabricfn.errors import ConfigurationError, ModelError
+from fabricfn.optimizers.kernels import clones
+from fabricfn.optimizers.layout import joined, mappings, parts, values_of
+from fabricfn.records import Grads, Model, caller, check_fit, handed_on, renewed
+from fabricfn.runtimes import Runtime
+from fabricfn.states import Optimizer, Plan, exposed
+
+M = TypeVar("M")
+Closure = Callable[[Any], tuple[Any, Any]]
+
+
+def optimizer_step(
+    rt: Runtime,
+    models: M,
+    opt: Optimizer,
+    grads: Any = None,
+    *,
+    closure: Closure | None = None,
+    donate: bool = False,
+    **overrides: Any,
+) -> tuple[M, Optimizer]:
+    """One step of the optimizer.
+
+    Pure by default: models, opt and grads stay as they are, down to the bits. With `donate=True` the tensors are
+    updated in place and the inputs are given away; the results have the same bits. A parameter whose gradient is None
+    is left out, as in torch. Not collective under strategies that keep whole gradients on every rank; every rank
+    computes the same values.
+
+    Args:
+        models: one Model or the tree of Models that `setup_optimizer` was given.
+        opt: its state.
+        grads: what `value_and_grad` returned for them.
+        closure: instead of grads, `models -> (loss, grads)`; for optimizers that evaluate the loss several times
+            (LBFGS). What it is given are models of their own, fit to be differentiated.
+        donate: update in place. Using models, opt or grads again raises `DonatedError`, and so does using any record
+            that shares their tensors.
+        **overrides: hyperparameters for this step alone (`lr=1e-4`); a list has one value per group.
+
+    Returns:
+        (models, opt): the new values, with the buffers that the forward pass changed, in the structure of the inputs;
+        `opt.step` is one higher.
+
+    Raises:
+        DonatedError: some input was given away, or shares tensors with one that was.
+        GradientError: gradients of another model.
+        ConfigurationError: an unknown hyperparameter; another tree of models than the optimizer's; grads and closure.
+
+    Example:
+        >>> import torch, fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> model = ff.setup_model(rt, torch.nn.Linear(2, 1))
+        >>> opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.5)
+        >>> loss, grads = ff.value_and_grad(rt, lambda net, x: net(x).sum())(model, torch.ones(1, 2))
+        >>> after, opt = ff.optimizer_step(rt, model, opt, grads)
+        >>> torch.equal(after.params["weight"], model.params["weight"] - 0.5), opt.step
+        (True, 1)
+    """
+    plan = opt.plan
+    if opt.lease.spent is not None or opt.lease.values is not None:
+        opt.lease.check("Optimizer")
+    if (grads is None) == (closure is None):
+        raise ConfigurationError(
+            "optimizer_step takes either grads or closure=; it got "
+            + ("neither" if grads is None else "both")
+            + ". Write optimizer_step(rt, models, opt, grads)."
+        )
+    given = parts(plan, models, Model)
+    params = _params(plan, given)
+    found: list[Grads] = [] if closure is not None else parts(plan, grads, Grads)
+    gradients = _gradients(plan, given, found)
+    hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
+    if not donate:
+        params = _copied(plan, params)
+    elif len({id(model.lease) for model in given}) < len(given):
+        raise ModelError("the same Model stands twice in this tree; with donate=True it would be updated twice.")
+    trial = None if closure is None else _Trial(plan, given, params, closure)
+    where = caller() if donate else ""
+    try:
+        store, shared, hyperparams = plan.advance(
+            opt, params, gradients, hyperparams, donate, None if trial is None else trial.evaluate
+        )
+    except BaseException:
+        if donate:  # half of the tensors may be changed
+            _spend(given, opt, found, where)
+        raise
+    buffers = [one.new_buffers for one in found] if trial is None else trial.buffers
+    if donate:
+        touched = _touched(plan, params)
+        made = [handed_on(*three) for three in zip(given, buffers, repeat(where), touched, strict=False)]
+    else:
+        renew = zip(given, mappings(plan, params), buffers, strict=True)
+        made = [renewed(model, values, new) for model, values, new in renew]
+    after = Optimizer(store=store, shared=shared, hyperparams=tuple(hyperparams), step=opt.step + 1, plan=plan)
+    if donate:
+        _give_away(opt, found, where, after)
+    return joined(plan, made), after
+
+
+def _params(plan: Plan, models: Sequence[Model]) -> list[Tensor]:
+    """The parameters by position; refuses models whose values were given away."""
+    out: list[Tensor] = []
+    for model, names in zip(models, plan.names, strict=True):
+        lease = model.lease
+        if lease.spent is not None or not lease.frames:  # the values of a bound model cannot have changed unnoticed
+            lease.check("Model")
+            out += values_of(model.params, names, Model)
+            _check_shapes(plan, out, len(out) - len(names), names)
+        else:
+            out += values_of(model.params, names, Model)
+    return out
+
+
+def _check_shapes(plan: Plan, values: Sequence[Tensor], start: int, names: Sequence[str]) -> None:
+    for name, value, shape in zip(names, values[start:], plan.shapes[start:], strict=False):
+        if getattr(value, "shape", None) != shape:
+            raise ModelError(
+                f"{name} is {value!r:.60}; the optimizer was set up for a tensor of shape {tuple(shape)}. Set up an"
+                " optimizer for this Model."
+            )
+
+
+def _gradients(plan: Plan, models: Sequence[Model], found: Sequence[Grads]) -> list[Tensor | None]:
+    out: list[Tensor | None] = []
+    for model, grads, names in zip(models, found, plan.names, strict=False):
+        lease = grads.lease
+        if lease.spent is not None or lease.values is not None:
+            lease.check("Grads")
+        check_fit(model, grads)
+        out += values_of(grads.params, names, Grads)
+    return out
+
+
+def _copied(plan: Plan, params: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that may be changed in place; the frozen ones are shared, since no optimizer touches them."""
+    if plan.moving is None:
+        return clones(params)
+    return [param.clone() if moves else param for param, moves in zip(params, plan.moving, strict=True)]
+
+
+def _touched(plan: Plan, params: Sequence[Tensor]) -> list[list[Tensor] | None]:
+    """Per model, the tensors that a step may have changed; None is all."""
+    if plan.moving is None:
+        return [None for _ in plan.names]
+    out: list[list[Tensor] | None] = []
+    start = 0
+    for names in plan.names:
+        span = slice(start, start + len(names))
+        out.append([param for param, moves in zip(params[span], plan.moving[span], strict=True) if moves])
+        start += len(names)
+    return out
+
+
+def overridden(opt: Optimizer, overrides: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The hyperparameters of one step."""
+    if not opt.hyperparams:
+        return (overrides,)
+    known = opt.hyperparams[0]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ConfigurationError(
+            f"{opt.plan.name} has no hyperparameter {', '.join(unknown)}; there are: {', '.join(known)}"
+        )
+    count = len(opt.hyperparams)
+    for name, value in overrides.items():
+        if type(value) is list and len(value) != count:  # pyright: ignore[reportUnknownArgumentType]
+            raise ConfigurationError(
+                f"{name}={value} has {len(value)} values; the optimizer has {count} groups"  # pyright: ignore[reportUnknownArgumentType]
+            )
+    return tuple(
+        MappingProxyType(
+            {**group, **{key: value[i] if type(value) is list else value for key, value in overrides.items()}}
+        )
+        for i, group in enumerate(opt.hyperparams)
+    )
+
+
+class _Trial:
+    """Evaluates the user's closure at the values that the optimizer tries."""
+
+    def __init__(self, plan: Plan, models: Sequence[Model], params: Sequence[Tensor], closure: Closure) -> None:
+        self.plan = plan
+        self.models = models
+        self.params = params
+        self.closure = closure
+        self.buffers: list[Mapping[str, Tensor] | None] = [None for _ in models]
+
+    def evaluate(self) -> tuple[Any, list[Tensor | None]]:
+        """(loss, gradients by position) at the present values; buffers go from one evaluation to the next."""
+        plan = self.plan
+        values = mappings(plan, _copied(plan, self.params))
+        trial = [renewed(*three) for three in zip(self.models, values, self.buffers, strict=True)]
+        result: Any = self.closure(joined(plan, trial))
+        pair: list[Any] = [*result] if type(result) is tuple else []
+        if len(pair) != 2:
+            raise ConfigurationError(
+                f"closure must return (loss, grads); it returned {result!r:.60}. Write"
+                " closure=lambda models: grad_fn(models, x, y)."
+            )
+        loss, grads = pair
+        found = parts(plan, grads, Grads)
+        gradients = _gradients(plan, trial, found)
+        for i, one in enumerate(found):
+            if one.new_buffers is not None:
+                self.buffers[i] = {**(self.buffers[i] or {}), **one.new_buffers}
+        return loss, gradients
+
+
+def _spend(models: Sequence[Model], opt: Optimizer, grads: Sequence[Grads], where: str) -> None:
+    for record in (*models, opt, *grads):
+        record.lease.spend(where)
+
+
+def _give_away(opt: Optimizer, grads: Sequence[Grads], where: str, after: Optimizer) -> None:
+    """Spend opt and grads. Where other records may hold the state's tensors, let them find out by the versions."""
+    opt.lease.spend(where)
+    for one in grads:
+        one.lease.spend(where)
+    if opt.lease.values is not None:
+        torch.autograd.graph.increment_version([t for t in opt.lease.values.values() if isinstance(t, Tensor)])
+        exposed(after)

@@ -1,0 +1,221 @@
+"""Any `torch.optim` class, a user's own included: its state is handed over by reference for one step and read back.
+
+[Note: rows] The state is one dict per parameter, position by position, as the class itself keeps it. What belongs to no
+parameter is `shared`: the history of LBFGS, and attributes that a class of the user's own keeps on itself.
+"""
+
+import collections
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fabricfn.errors import ConfigurationError, GradientError
+from fabricfn.optimizers.layout import is_tensor, mirrored, rows_of
+from fabricfn.states import Optimizer, Plan
+from fabricfn.tree import tree_leaves, tree_map
+
+Row = dict[str, Any]
+Hyper = Mapping[str, Any]
+
+_PLAIN = (bool, int, float, complex, str, Tensor)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stock:
+    """The detail of a plan that works by a `torch.optim` class."""
+
+    cls: type[torch.optim.Optimizer]
+    attributes: Mapping[str, Any]
+    """What an instance has besides state and groups: defaults, hooks, settings."""
+    kept: frozenset[str]
+    """The attributes that are state of the user's own class."""
+    aliases: Mapping[str, tuple[int, ...]]
+    """The attributes that are lists of parameters, as positions."""
+    joint: bool
+    """Its state belongs to all parameters together; the class keeps it under the first one (LBFGS)."""
+    needs_closure: bool
+    """Whether `step` cannot be called without a closure."""
+
+
+def taken_apart(
+    instance: torch.optim.Optimizer, groups: Sequence[tuple[int, ...]], positions: Mapping[int, int]
+) -> tuple[Stock, list[Row], Row]:
+    """(detail, rows, shared) of an instance.
+
+    Args:
+        groups: the positions of each of its groups, without frozen parameters.
+        positions: id of a parameter object -> position.
+    """
+    cls = type(instance)
+    aliases: dict[str, tuple[int, ...]] = {}
+    attributes = dict(vars(instance))
+    state, _ = attributes.pop("state"), attributes.pop("param_groups")
+    for key, value in vars(instance).items():
+        if type(value) in (list, tuple) and value and all(id(entry) in positions for entry in value):
+            aliases[key] = tuple(positions[id(entry)] for entry in value)
+            del attributes[key]
+    if "_numel_cache" in attributes:  # of LBFGS; frozen parameters may have been left out since
+        attributes["_numel_cache"] = None
+    own = not cls.__module__.startswith("torch.optim")
+    kept = frozenset(key for key, value in attributes.items() if own and key not in _BASE and _is_data(value))
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    detail = Stock(
+        cls=cls,
+        attributes={key: value for key, value in attributes.items() if key not in kept},
+        kept=kept,
+        aliases=aliases,
+        joint=issubclass(cls, torch.optim.LBFGS),
+        needs_closure=closure is not None and closure.default is inspect.Parameter.empty,
+    )
+    by_position = {positions[id(key)]: row for key, row in state.items() if id(key) in positions}
+    rows: list[Row] = [_copied(by_position.get(i, {})) for group in groups for i in group]
+    shared: Row = {key: _copied(attributes[key]) for key in kept}
+    shared |= {f"state.{key}": _copied(row) for key, row in state.items() if isinstance(key, str)}
+    if detail.joint:
+        shared, rows = {**shared, **rows[0]}, [{} for _ in rows]
+    return detail, rows, shared
+
+
+_BASE = frozenset(
+    {
+        "defaults",
+        "_optimizer_step_pre_hooks",
+        "_optimizer_step_post_hooks",
+        "_optimizer_state_dict_pre_hooks",
+        "_optimizer_state_dict_post_hooks",
+        "_optimizer_load_state_dict_pre_hooks",
+        "_optimizer_load_state_dict_post_hooks",
+        "_zero_grad_profile_name",
+        "_warned_capturable_if_run_uncaptured",
+        "_need_device_dtype_check_for_fused",
+        "_step_supports_amp_scaling",
+    }
+)
+"""The attributes of `torch.optim.Optimizer` and its own sub-classes."""
+
+
+def _is_data(value: Any) -> bool:
+    return all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value))
+
+
+def _copied(tree: Any) -> Any:
+    def copy(leaf: Any) -> Any:
+        return leaf.detach().clone() if is_tensor(leaf) else leaf
+
+    return tree_map(copy, tree)
+
+
+def _containers(tree: Any) -> Any:
+    """The same leaves in new containers."""
+
+    def same(leaf: Any) -> Any:
+        return leaf
+
+    return tree_map(same, tree)
+
+
+def advance(
+    opt: Optimizer,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    hyperparams: Sequence[Hyper],
+    donate: bool,
+    evaluate: Callable[[], tuple[Any, list[Tensor | None]]] | None,
+) -> tuple[Any, Mapping[str, Any], Sequence[Hyper]]:
+    """The step of a plan whose detail is `Stock`."""
+    plan = opt.plan
+    detail: Stock = plan.detail
+    if detail.needs_closure and evaluate is None:
+        raise ConfigurationError(
+            f"{plan.name} evaluates the loss several times a step: write models, opt = optimizer_step(rt, models, opt,"
+            " closure=lambda models: grad_fn(models, x, y)), without grads."
+        )
+    positions = [i for group in plan.groups for i in group]
+    used = [params[i] for i in positions]
+    rows, shared = (_containers if donate else _copied)((opt.store, dict(opt.shared)))
+    if detail.joint:
+        rows[0], shared = shared, Row()
+    instance = _put_together(plan, detail, params, used, rows, shared, hyperparams)
+
+    def closure() -> Any:
+        assert evaluate is not None
+        loss, found = evaluate()
+        _set(used, [found[i] for i in positions], plan)
+        return loss
+
+    try:
+        if evaluate is None:
+            _set(used, [grads[i] for i in positions], plan)
+            instance.step()
+        else:
+            instance.step(closure)
+    finally:
+        for param in used:
+            param.grad = None
+    return _read_back(opt, detail, instance, used, hyperparams)
+
+
+def _set(params: Sequence[Tensor], grads: Sequence[Tensor | None], plan: Plan) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        try:
+            param.grad = grad
+        except RuntimeError as error:
+            raise GradientError(f"{plan.name}: a gradient does not fit its parameter: {error}") from None
+
+
+def _put_together(
+    plan: Plan,
+    detail: Stock,
+    params: Sequence[Tensor],
+    used: Sequence[Tensor],
+    rows: Sequence[Row],
+    shared: Row,
+    hyperparams: Sequence[Hyper],
+) -> torch.optim.Optimizer:
+    """An instance over these tensors. Without `__init__`: it would check and allocate again at every step."""
+    instance: torch.optim.Optimizer = object.__new__(detail.cls)
+    attributes = {key: shared[key] for key in detail.kept if key in shared}
+    aliases = {key: [params[i] for i in index] for key, index in detail.aliases.items()}
+    vars(instance).update(detail.attributes, **attributes, **aliases)
+    state: dict[Any, Any] = collections.defaultdict(dict)
+    state |= {param: row for param, row in zip(used, rows, strict=True) if row}
+    state |= {key.removeprefix("state."): value for key, value in shared.items() if key.startswith("state.")}
+    instance.state = state  # pyright: ignore[reportAttributeAccessIssue]
+    instance.param_groups = [
+        {"params": [params[i] for i in group], **hyper} for group, hyper in zip(plan.groups, hyperparams, strict=True)
+    ]
+    return instance
+
+
+def _read_back(
+    opt: Optimizer, detail: Stock, instance: torch.optim.Optimizer, used: Sequence[Tensor], given: Sequence[Hyper]
+) -> tuple[Any, Mapping[str, Any], Sequence[Hyper]]:
+    """What the step left: rows, shared, and hyperparameters (some optimizers keep state among them)."""
+    state: Any = instance.state
+    rows: list[Row] = [state.get(param, {}) for param in used]
+    shared: Row = {key: vars(instance)[key] for key in detail.kept if key in vars(instance)}
+    shared |= {f"state.{key}": value for key, value in state.items() if isinstance(key, str)}
+    if detail.joint:
+        shared, rows = {**shared, **rows[0]}, [{} for _ in rows]
+    hyperparams: list[Hyper] = []
+    for group, now, before in zip(instance.param_groups, given, opt.hyperparams, strict=True):
+        changed = {key: value for key, value in group.items() if key != "params" and value is not now.get(key)}
+        hyperparams.append(MappingProxyType({**before, **changed}) if changed else before)
+    return rows, shared, tuple(hyperparams)
+
+
+def read(plan: Plan, store: Sequence[Row]) -> Any:
+    """The state as name -> {slot: value}."""
+    positions = [i for group in plan.groups for i in group]
+    return mirrored(plan, {i: dict(row) for i, row in zip(positions, store, strict=True)})
+
+
+def write(like: Optimizer, state: Any) -> list[Row]:
+    """The inverse of `read`."""
+    rows = rows_of(like, state)
+    return [rows[i] for group in like.plan.groups for i in group]

@@ -1,0 +1,105 @@
+"""Optimizers that are a pair of pure functions (init, update), in the shape that optax gave them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fabricfn.errors import ConfigurationError
+from fabricfn.optimizers.layout import joined
+from fabricfn.states import Optimizer, Plan
+from fabricfn.tree import tree_flatten, tree_leaves, tree_unflatten
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pair:
+    """The detail of a plan that works by a pair of functions.
+
+    The trees that they get are name -> tensor for one Model, and the tree of the models with such mappings otherwise.
+    """
+
+    init: Callable[[Any], Any]
+    """params -> state."""
+    update: Callable[..., tuple[Any, Any]]
+    """(grads, state, params, **overrides) -> (updates, state)."""
+    covered: tuple[int, ...]
+    """The positions that it updates."""
+
+
+def pair_of(optimizer: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """(init, update) of a pair, or of an object with two such attributes; None for anything else."""
+    found: list[Any] = [getattr(optimizer, name, None) for name in ("init", "update")]
+    if type(optimizer) is tuple:
+        found = [*optimizer]
+    return (found[0], found[1]) if len(found) == 2 and all(map(callable, found)) else None
+
+
+def tree_of(plan: Plan, values: Sequence[Any], covered: Sequence[int]) -> Any:
+    """The values at the covered positions, as name -> value in the tree of the models."""
+    chosen = set(covered)
+    out: list[dict[str, Any]] = []
+    start = 0
+    for names in plan.names:
+        out.append({name: values[start + i] for i, name in enumerate(names) if start + i in chosen})
+        start += len(names)
+    return joined(plan, out)
+
+
+def advance(
+    opt: Optimizer,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    hyperparams: Sequence[Mapping[str, Any]],
+    donate: bool,
+    evaluate: Callable[[], tuple[Any, list[Tensor | None]]] | None,
+) -> tuple[Any, Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+    """The step of a plan whose detail is `Pair`: params + updates.
+
+    A gradient that is None is handed over as zeros, so that the trees fit, and its parameter stays as it is.
+    """
+    if evaluate is not None:
+        grads = evaluate()[1]
+    plan, detail = opt.plan, opt.plan.detail
+    covered: tuple[int, ...] = detail.covered
+    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+    options: Mapping[str, Any] = hyperparams[0] if hyperparams else {}
+    with torch.no_grad():
+        updates, state = detail.update(
+            tree_of(plan, zeros, covered), opt.store, tree_of(plan, params, covered), **options
+        )
+        for i, update in zip(covered, _by_position(plan, updates, covered), strict=True):
+            if grads[i] is not None:
+                params[i].copy_(params[i] + update)
+    return state, opt.shared, opt.hyperparams
+
+
+def _by_position(plan: Plan, updates: Any, covered: Sequence[int]) -> list[Tensor]:
+    """The updates in the order of the covered positions."""
+    trees: list[Any] = [updates] if plan.spec is None else plan.spec.flatten_up_to(updates)
+    chosen = set(covered)
+    out: list[Tensor] = []
+    start = 0
+    for names, tree in zip(plan.names, trees, strict=True):
+        own = [name for i, name in enumerate(names) if start + i in chosen]
+        if set(tree) != set(own):
+            raise ConfigurationError(
+                f"update must return one tensor per parameter; names differ: {sorted(set(own) ^ set(tree))[:6]}"
+            )
+        out.extend(tree[name] for name in own)
+        start += len(names)
+    return out
+
+
+def read(plan: Plan, store: Any) -> Any:
+    """The state as `init` and `update` return it."""
+    return store
+
+
+def write(like: Optimizer, state: Any) -> Any:
+    """The state in the structure that `like` has now: a checkpoint knows no named tuples."""
+    leaves, (known, spec) = tree_leaves(state), tree_flatten(like.store)
+    if len(leaves) != len(known):
+        raise ConfigurationError(f"this state has {len(leaves)} leaves; the optimizer has {len(known)}")
+    return tree_unflatten(spec, leaves)

@@ -1,0 +1,275 @@
+"""The values of training: Model, Grads, Cursor. Frozen; pytrees where they hold tensors; identity equality.
+
+Optimizer is in `states.py`.
+
+[Note: lease] A `Lease` stands for one set of values. Records that hold the very same tensors share it
+(`dataclasses.replace`, `eval_mode`); a record built otherwise (`tree_map`, `load`) has its own. Giving values away with
+`donate=True` spends the lease, and updating tensors in place bumps their versions, so that every other record over the
+same memory is found out when it is bound.
+"""
+
+import dataclasses
+import operator
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from fabricfn.engine import Engine, Frame
+from fabricfn.errors import DonatedError, GradientError
+from fabricfn.tree import register
+
+_version = operator.attrgetter("_version")
+
+
+class Lease:
+    """The right to one set of values: whether they were given away, and the tensors' versions when it was made."""
+
+    values: Mapping[str, Any] | None = None
+    """The mapping whose tensors this lease is for."""
+    versions: tuple[int, ...] | None = None
+    """Their version counters when the lease was made."""
+    spent: str | None = None
+    """Where the values were given away, as "file.py:12"; None while they are alive."""
+    frames: Sequence[Frame] = ()
+    """The frames whose slots point to these values now."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        if values is not None:  # the defaults are the class's: most leases are made in the hot loop and never looked at
+            self.values = values
+            self.versions = versions_of(values.values())
+
+    def check(self, what: str) -> None:
+        """Raise `DonatedError` when the values were given away, or changed by a record that shares them."""
+        if self.spent is not None:
+            raise DonatedError(
+                f"this {what} was given away with donate=True at {self.spent}; its memory now belongs to the result of"
+                " that call. Use that result, or call without donate=True."
+            )
+        if self.values is not None and self.versions != versions_of(self.values.values()):
+            raise DonatedError(
+                f"this {what} shares tensors with a record that was given away with donate=True, or they were changed"
+                " in place. Copy before you give away: ff.tree_map(torch.clone, ...)."
+            )
+
+    def spend(self, where: str) -> None:
+        """Mark the values as given away at `where`."""
+        self.spent = where
+
+
+NO_LEASE = Lease()
+"""The default of a record that is built from scratch: it gets a lease of its own."""
+
+
+def versions_of(values: Iterable[Any]) -> tuple[int, ...] | None:
+    """The version counter of every tensor; None when some leaf is no tensor (shapes, specs)."""
+    try:
+        return tuple(map(_version, values))
+    except (AttributeError, RuntimeError):  # not a tensor; an inference tensor tracks no version
+        return None
+
+
+def caller() -> str:
+    """The place outside this package that is running now, as "train.py:12"."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fabricfn."):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+
+
+class Ref:
+    """The static part of a record: which engine stands behind it. Equal when names and shapes are."""
+
+    __slots__ = ("engine", "signature")
+
+    def __init__(self, engine: Engine | None, signature: tuple[Any, ...]) -> None:
+        self.engine = engine
+        self.signature = signature
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Ref and (self is other or self.signature == other.signature)
+
+    def __hash__(self) -> int:
+        return hash(self.signature)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Ref, (None, self.signature))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ref":
+        return self
+
+
+class Static:
+    """What rides along through tree_map: `ref` decides equality, the payload comes from the first tree."""
+
+    __slots__ = ("payload", "ref")
+
+    def __init__(self, ref: Ref, payload: Any) -> None:
+        self.ref = ref
+        self.payload = payload
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Static and self.ref == other.ref
+
+    def __hash__(self) -> int:
+        return hash(self.ref)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """The values of a network: data, not a wrapper. Made by `setup_model` and `optimizer_step`; a pytree of tensors.
+
+    To compute with it, pass it to `apply`, or to a function made by `value_and_grad`.
+    """
+
+    params: Mapping[str, torch.Tensor]
+    """name -> tensor, the names of `named_parameters()`, a tied parameter once; plain tensors without grad."""
+    buffers: Mapping[str, torch.Tensor]
+    """name -> tensor, the persistent buffers."""
+    training: frozenset[str]
+    """The names of the sub-modules in training mode ("" is the root); see `eval_mode`, `train_mode`."""
+    ref: Ref = dataclasses.field(repr=False)
+    lease: Lease = dataclasses.field(default=NO_LEASE, repr=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        if type(params) is not MappingProxyType:
+            names = [name for name, *_ in self.ref.signature]
+            ordered = list(params) == names or set(params) != set(names)
+            params = MappingProxyType(dict(params) if ordered else {name: params[name] for name in names})
+            object.__setattr__(self, "params", params)
+        if type(self.buffers) is not MappingProxyType:
+            object.__setattr__(self, "buffers", MappingProxyType(dict(self.buffers)))
+        if self.lease.values is not self.params:
+            object.__setattr__(self, "lease", Lease(self.params))
+
+    def __repr__(self) -> str:
+        count = sum(getattr(leaf, "numel", int)() for leaf in self.params.values())
+        mode = "train" if self.training else "eval"
+        return f"Model({len(self.params)} params, {count:,} numbers, {len(self.buffers)} buffers, {mode})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_model, (dict(self.params), dict(self.buffers), self.training, self.ref))
+
+
+def _model(params: Any, buffers: Any, training: frozenset[str], ref: Ref) -> Model:
+    return Model(params=params, buffers=buffers, training=training, ref=ref)
+
+
+def _flatten_model(model: Model) -> tuple[Sequence[Any], Static, Sequence[str]]:
+    children = (*model.params.values(), *model.buffers.values())
+    static = Static(model.ref, (tuple(model.params), tuple(model.buffers), model.training))
+    return children, static, (*model.params, *model.buffers)
+
+
+def _unflatten_model(static: Static, children: Iterable[Any]) -> Model:
+    names, buffer_names, training = static.payload
+    leaves = tuple(children)
+    return Model(
+        params=dict(zip(names, leaves[: len(names)], strict=True)),
+        buffers=dict(zip(buffer_names, leaves[len(names) :], strict=True)),
+        training=training,
+        ref=static.ref,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Grads:
+    """True, unscaled gradients, with the names of the model's parameters. A pytree whose leaves are `params` alone."""
+
+    params: Mapping[str, torch.Tensor | None]
+    """name -> gradient of the parameter's shape and dtype; None where the parameter is frozen or was not used."""
+    new_buffers: Mapping[str, torch.Tensor] | None = dataclasses.field(default=None, repr=False)
+    """The buffers that the forward pass changed, which `optimizer_step` puts into the next model. Not leaves: adding
+    or scaling gradients must not change batch statistics."""
+    ref: Ref = dataclasses.field(repr=False)
+    lease: Lease = dataclasses.field(default_factory=Lease, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_grads, (dict(self.params), None if self.new_buffers is None else dict(self.new_buffers), self.ref))
+
+
+def _grads(params: Any, new_buffers: Any, ref: Ref) -> Grads:
+    return Grads(params=MappingProxyType(params), new_buffers=new_buffers, ref=ref)
+
+
+def _flatten_grads(grads: Grads) -> tuple[Sequence[Any], Static, Sequence[str]]:
+    lease = grads.lease
+    if lease.spent is not None or lease.values is not None:
+        lease.check("Grads")
+    else:  # from now on another record may hold the tensors
+        watch = watching(grads.params)
+        lease.values, lease.versions = watch.values, watch.versions
+    names = tuple(grads.params)
+    return tuple(grads.params.values()), Static(grads.ref, (names, grads.new_buffers)), names
+
+
+def _unflatten_grads(static: Static, children: Iterable[Any]) -> Grads:
+    names, new_buffers = static.payload
+    params = MappingProxyType(dict(zip(names, children, strict=True)))
+    return Grads(params=params, new_buffers=new_buffers, ref=static.ref, lease=watching(params))
+
+
+def watching(params: Mapping[str, torch.Tensor | None]) -> Lease:
+    """A lease for gradients that other records may hold, too; one that nobody else holds need not look at versions."""
+    return Lease({name: grad for name, grad in params.items() if grad is not None})
+
+
+register(Model, _flatten_model, _unflatten_model)
+register(Grads, _flatten_grads, _unflatten_grads)
+
+
+def renewed(model: Model, params: Mapping[str, torch.Tensor], new_buffers: Mapping[str, torch.Tensor] | None) -> Model:
+    """The model with other values; `model` stays as it is."""
+    buffers = model.buffers if new_buffers is None else MappingProxyType({**model.buffers, **new_buffers})
+    return Model(params=params, buffers=buffers, training=model.training, ref=model.ref)
+
+
+def handed_on(
+    model: Model,
+    new_buffers: Mapping[str, torch.Tensor] | None,
+    where: str,
+    updated: Sequence[torch.Tensor] | None = None,
+) -> Model:
+    """The model whose tensors were just updated in place; `model` is spent, and so is every record over its tensors.
+
+    Fused kernels bump no version counter by themselves (measured on CPU), so this does, for the tensors and for the
+    slots that look at them: an older open graph then fails in backward instead of giving a wrong gradient. `updated`
+    are the tensors in question, where they are not all: the frozen ones may belong to other records, too.
+    """
+    old, params = model.lease, model.params
+    torch.autograd.graph.increment_version(tuple(params.values()) if updated is None else updated)
+    old.spend(where)
+    new = Lease(params)
+    new.frames = old.frames
+    for frame in new.frames:
+        torch.autograd.graph.increment_version(frame.slots)
+        frame.owner = new
+    buffers = model.buffers if new_buffers is None else MappingProxyType({**model.buffers, **new_buffers})
+    return Model(params=params, buffers=buffers, training=model.training, ref=model.ref, lease=new)
+
+
+def check_fit(model: Model, grads: Grads) -> None:
+    """Raise `GradientError` unless the gradients are those of a model with these names and shapes."""
+    if grads.ref is model.ref or grads.ref == model.ref:
+        return
+    ours, theirs = set(model.params), set(grads.params)
+    detail = f"names differ: {sorted(ours ^ theirs)[:6]}" if ours != theirs else "shapes or dtypes differ"
+    raise GradientError(
+        f"these gradients belong to another model ({detail}). Pass the Grads that value_and_grad returned for"
+        " this Model."
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """Where a stream of data is: plain integers, so resuming is exact at any world size and batch size."""
+
+    seed: int = 0
+    """Decides the order together with the epoch."""
+    epoch: int = 0
+    """How many times the data have been gone through."""
+    index: int = 0
+    """How many samples of this epoch's global order are consumed, over all ranks."""

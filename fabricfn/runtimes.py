@@ -1,0 +1,72 @@
+"""The Runtime record: what the functions of this package need to know, and nothing that changes."""
+
+import dataclasses
+
+import torch
+
+from fabricfn.precision import Precision
+from fabricfn.strategy import Strategy
+from fabricfn.world import World
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """Where and how this process computes. Immutable; made by `init_runtime` or handed over by `launch`.
+
+    It never caches and never asks the environment again. Two may live in one process.
+    """
+
+    world: World
+    """The place of this process in the job; its fields can be read from the runtime too: `rt.rank`, `rt.device`."""
+    precision: Precision
+    """Which dtypes parameters, arithmetic and results have."""
+    strategy: Strategy
+    """How models are trained over the ranks."""
+    accelerator: str = "cpu"
+    """The kind of device: "cpu", "cuda", "mps", ..."""
+    environment: str = "single"
+    """What started the processes: "single", "launch", "torchrun", ..."""
+    seed: int = 0
+    """Decides the order of data (see `batches`); keys are made from it by `ff.key(rt.seed)`."""
+    owns_group: bool = False
+    """Whether this runtime made the process group, which `shutdown` then destroys."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.world.device
+
+    @property
+    def rank(self) -> int:
+        """0 .. world_size - 1, over all nodes."""
+        return self.world.rank
+
+    @property
+    def local_rank(self) -> int:
+        """0 .. local_world_size - 1, on this node."""
+        return self.world.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """0 .. num_nodes - 1."""
+        return self.world.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes of the job."""
+        return self.world.world_size
+
+    @property
+    def local_world_size(self) -> int:
+        """The number of processes on this node."""
+        return self.world.local_world_size
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of machines of the job."""
+        return self.world.num_nodes
+
+    def __repr__(self) -> str:
+        place = f"rank {self.rank} of {self.world_size} on {self.device}"
+        compute, autocast = str(self.precision.compute_dtype).removeprefix("torch."), self.precision.autocast
+        return f"Runtime({place}, {self.strategy.name}, {compute}{'-mixed' if autocast else ''}, seed {self.seed})"

@@ -1,0 +1,157 @@
+"""`init_runtime` and `runtime`: the first line of a training script."""
+
+import contextlib
+import os
+from collections.abc import Generator, Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+from fabricfn.accelerators import Choice, choose
+from fabricfn.environments import Topology, find
+from fabricfn.errors import ConfigurationError
+from fabricfn.precision import Precision
+from fabricfn.runtimes import Runtime
+from fabricfn.starting.joining import join, place, shutdown
+from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
+from fabricfn.starting.scripts import attend_script, run_again, why_no_script
+from fabricfn.strategy import Strategy
+
+
+def init_runtime(
+    *,
+    accelerator: str = "auto",
+    devices: int | str | Sequence[int] | None = "auto",
+    strategy: str | Strategy = "auto",
+    num_nodes: int = 1,
+    precision: str | int | Precision = "32-true",
+    environment: str | Topology | None = None,
+    seed: int | None = None,
+    timeout: float | timedelta = 1800.0,
+    backend: str | None = None,
+    node_rank: int | None = None,
+    main_address: str | None = None,
+    main_port: int | None = None,
+    max_restarts: int = 0,
+    start_method: str = "auto",
+    spawn: Literal["script", "never"] = "script",
+) -> Runtime:
+    """The place and the manner in which this process computes; every rank calls it with the same arguments.
+
+    Laws:
+
+    * Under a launcher (torchrun, `launch`) it joins the processes that are there. What was omitted or is "auto" is left
+      to the launcher; anything else that differs from it is an error that names both.
+    * Without one, a script that asks for several ranks is run again, once for each, with the same Python flags and
+      arguments; this process waits and exits as they did, so it never returns. On one node nothing listens beyond the
+      loopback interface. OMP_NUM_THREADS becomes cores / ranks when unset.
+    * Outside a script (notebook, interactive Python, test) "auto" devices are one device, and more are an error:
+      there `launch` starts ranks.
+    * A second call in the same process gives a second runtime, of another precision for instance, in the same group.
+
+    Args:
+        accelerator: "auto" (the first of tpu, cuda, mps, cpu that exists), "cpu", "gpu" (cuda, else mps), "cuda",
+            "mps", "tpu", or the name of another `torch.accelerator` back end.
+        devices: per node: a number; a list of indices, also as "1, 4" (not on CPU); "auto", -1 or "-1" for all (on CPU
+            one process); None or 0 for the CPU.
+        strategy: "auto" (single for one rank, else ddp), "single", "ddp", "functional", a `Strategy` record, or
+            "package.module:factory".
+        num_nodes: the number of machines.
+        precision: what `Precision.parse` takes.
+        environment: the launcher, if it is not to be found out: "workers", "torchrun", "single" (which ignores any), or
+            a `fabricfn.environments.Topology` of your own.
+        seed: any integer, `rt.seed`; None is 0. Global generators are left alone.
+        timeout: how long a collective waits for the other ranks, in seconds or as a timedelta.
+        backend: of torch.distributed; None is gloo for CPU tensors and the device's own for its tensors.
+        node_rank: which machine this is, 0 .. num_nodes - 1; needed without a launcher when num_nodes > 1.
+        main_address: the host name of the machine with node_rank 0; likewise.
+        main_port: its port; 29500 when omitted.
+        max_restarts: how often all ranks are started again after one failed.
+        start_method: used by `launch`.
+        spawn: "script" as above; "never" makes it an error to need other processes.
+
+    Returns:
+        The runtime of this rank.
+
+    Raises:
+        ConfigurationError: an argument has no meaning here or contradicts the launcher; CUDA is initialised in the
+            process that would start the ranks.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> ff.init_runtime(accelerator="cpu")
+        Runtime(rank 0 of 1 on cpu, single, float32, seed 0)
+    """
+    request = Request(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        num_nodes=num_nodes,
+        precision=precision,
+        environment=environment,
+        seed=seed,
+        timeout=timeout,
+        backend=backend,
+        node_rank=node_rank,
+        main_address=main_address,
+        main_port=main_port,
+        max_restarts=max_restarts,
+        start_method=start_method,
+        spawn=spawn,
+    )
+    choice = choice_of(request)
+    topology = place(find(os.environ, environment))
+    if topology.name == "script":
+        attend_script(topology)
+    if topology.name == "single":
+        choice = _start_ranks(request, choice)
+    return join(request, topology, choice)
+
+
+def _start_ranks(request: Request, choice: Choice) -> Choice:
+    """Without a launcher: the choice when one rank is asked for; else the script runs again, and this never returns."""
+    count = len(choice.indices)
+    if count * request.num_nodes == 1:
+        return choice
+    outside = why_no_script()
+    if outside is not None and choice.open and request.num_nodes == 1 and request.devices not in (-1, "-1"):
+        return choose(choice.accelerator, 1, {choice.accelerator: count, "cpu": 1})
+    wish = f"devices={request.devices!r}" + f", num_nodes={request.num_nodes}" * (request.num_nodes > 1)
+    if outside is not None:
+        raise ConfigurationError(
+            f"{wish} asks for {count * request.num_nodes} ranks, but this is {outside}, which cannot be run again for"
+            f" each of them. Write ff.launch(fn, devices={request.devices!r}), where fn(rt) does the work."
+        )
+    if request.spawn == "never":
+        raise ConfigurationError(
+            f'{wish} asks for {count * request.num_nodes} ranks, but spawn="never" and no launcher started them. Start'
+            f' with: torchrun --nproc-per-node={count} train.py, or write spawn="script".'
+        )
+    check_own_start(request, choice)
+    run_again(request, count)
+
+
+@contextlib.contextmanager
+def runtime(**options: Any) -> Generator[Runtime]:
+    """`init_runtime(**options)` for a block; `shutdown` at its end, after an error too.
+
+    Args:
+        options: those of `init_runtime`.
+
+    Returns:
+        A context manager that gives the `Runtime`.
+
+    Raises:
+        ConfigurationError: as `init_runtime`.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> with ff.runtime(accelerator="cpu", precision="bf16-mixed") as rt:
+        ...     rt.device
+        device(type='cpu')
+    """
+    request_from(options)
+    rt = init_runtime(**options)
+    try:
+        yield rt
+    finally:
+        shutdown(rt)

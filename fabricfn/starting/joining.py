@@ -1,0 +1,168 @@
+"""From a request and a topology to a `Runtime`: conflicts, the device, the process group; and the way back."""
+
+import atexit
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
+
+from fabricfn.accelerators import Choice, available, describe, device_of
+from fabricfn.environments import Topology
+from fabricfn.errors import ConfigurationError
+from fabricfn.precision import Precision
+from fabricfn.runtimes import Runtime
+from fabricfn.starting.request import Request, seconds
+from fabricfn.strategies import resolve
+from fabricfn.world import World
+
+DEFAULT_PORT = 29500
+"""Where the ranks of several nodes meet unless `main_port` says otherwise; torchrun's default."""
+
+
+def place(topology: Topology) -> Topology:
+    """The topology, or that of the process group which exists in this process already and which no launcher made."""
+    if topology.name != "single" or not dist.is_initialized():
+        return topology
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return Topology(name="process group", rank=rank, world_size=size, local_rank=rank, local_world_size=size)
+
+
+def check_conflicts(request: Request, topology: Topology, choice: Choice) -> None:
+    """Raise `ConfigurationError` when an option says otherwise than the launcher. Omitted or auto is no conflict."""
+    pairs = (
+        ("devices", None if choice.open else len(choice.indices), topology.local_world_size, "processes on this node"),
+        ("num_nodes", None if request.num_nodes == 1 else request.num_nodes, topology.num_nodes, "nodes"),
+        ("node_rank", request.node_rank, topology.node_rank, "as the rank of this node"),
+        ("main_address", request.main_address, topology.main_address, "as the main address"),
+        ("main_port", request.main_port, topology.main_port, "as the main port"),
+        ("max_restarts", request.max_restarts or None, topology.max_restarts, "restarts"),
+    )
+    for name, wanted, found, what in pairs:
+        if wanted is not None and found is not None and wanted != found:
+            shown = request.devices if name == "devices" else wanted
+            raise ConfigurationError(
+                f"{name}={shown!r}, but {topology.name} says {found!r} {what} (rank {topology.rank} of"
+                f" {topology.world_size}). Leave {name} out to take what {topology.name} says, or start it with"
+                f" the same value."
+            )
+
+
+def local_device(topology: Topology, choice: Choice) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ConfigurationError: the launcher started more processes on this node than there are devices.
+    """
+    if choice.accelerator == "cpu":
+        return device_of("cpu", 0)
+    if topology.local_rank >= len(choice.indices):
+        raise ConfigurationError(
+            f"{topology.name} started {topology.local_world_size} processes on this node, but it has"
+            f" {describe(available())} (local rank {topology.local_rank} finds none left). Start"
+            f' {len(choice.indices)}, or write accelerator="cpu".'
+        )
+    return device_of(choice.accelerator, choice.indices[topology.local_rank])
+
+
+def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
+    """The runtime of this process. Every rank of the topology must call it; it returns when all have met.
+
+    Raises:
+        ConfigurationError: the request contradicts the topology or the process group that exists.
+    """
+    check_conflicts(request, topology, choice)
+    strategy = resolve(request.strategy, topology.world_size)
+    device = local_device(topology, choice)
+    if device.type not in ("cpu", "mps", "xla"):
+        torch.accelerator.set_device_index(device)
+    owns_group = topology.world_size > 1 and not dist.is_initialized()
+    if owns_group:
+        _make_group(request, topology, device)
+    elif dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.world_size):
+        raise ConfigurationError(
+            f"{topology.name} says rank {topology.rank} of {topology.world_size}, but the process group that exists"
+            f" has rank {dist.get_rank()} of {dist.get_world_size()}. Call torch.distributed.destroy_process_group()"
+            " first, or leave the process group to init_runtime."
+        )
+    world = World(
+        rank=topology.rank,
+        world_size=topology.world_size,
+        local_rank=topology.local_rank,
+        local_world_size=topology.local_world_size,
+        node_rank=topology.node_rank,
+        num_nodes=topology.num_nodes,
+        device=device,
+        group=dist.group.WORLD if topology.world_size > 1 else None,
+    )
+    rt = Runtime(
+        world=world,
+        precision=Precision.parse(request.precision),
+        strategy=strategy,
+        accelerator=choice.accelerator,
+        environment=topology.name,
+        seed=request.seed or 0,
+        owns_group=owns_group,
+    )
+    if owns_group:
+        # Four gloo ranks that leave without destroying their group: 5 of 6 runs ended in SIGABRT.
+        atexit.register(_shutdown_at_exit, rt, os.getpid())
+    return rt
+
+
+def _make_group(request: Request, topology: Topology, device: torch.device) -> None:
+    if topology.num_nodes == 1:
+        # Also for groups that are made later: gloo binds to the address of this interface, else to the host's name.
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, _loopback())
+    limit = timedelta(seconds=seconds(request.timeout))
+    if topology.folder is not None and topology.num_nodes == 1:
+        store: Store = FileStore(f"{topology.folder}/store", -1)
+        store.set_timeout(limit)
+    else:
+        url = f"tcp://{topology.main_address}:{topology.main_port or DEFAULT_PORT}"
+        store = next(rendezvous(url, topology.rank, topology.world_size, timeout=limit))[0]
+    # A store outlives the groups: what an earlier group or attempt wrote must not be read again.
+    generation = store.add(f"fabricfn/{topology.attempt}/{topology.rank}", 1)
+    backend = request.backend
+    if backend is None:
+        own = dist.get_default_backend_for_device(device)
+        backend = own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"fabricfn/{topology.attempt}/{generation}", store),
+        rank=topology.rank,
+        world_size=topology.world_size,
+        timeout=limit,
+        device_id=device if device.type == "cuda" and "nccl" in backend else None,
+    )
+
+
+def _loopback() -> str:
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+def shutdown(rt: Runtime) -> None:
+    """End what `init_runtime` began: destroy the process group if this runtime made it.
+
+    Idempotent, and no collective: it may be called on one rank, after an error, twice. A runtime that joined an
+    existing group leaves it alone. At exit it is called by itself.
+
+    Args:
+        rt: the runtime; afterwards no collective may be called on it, or on another runtime that shares its group.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> rt = ff.init_runtime(accelerator="cpu")
+        >>> ff.shutdown(rt)
+    """
+    if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.group:
+        dist.destroy_process_group()
+
+
+def _shutdown_at_exit(rt: Runtime, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child inherits the call, but not the threads of the group
+        shutdown(rt)

@@ -1,0 +1,172 @@
+"""`launch`: a function on every rank, its results in a list."""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from fabricfn.accelerators import Choice
+from fabricfn.environments import find
+from fabricfn.errors import ConfigurationError, LaunchError
+from fabricfn.failures import ending, exception_of, record
+from fabricfn.starting.agent import Outcome, attend, check_ready, leave_word, run_workers, threads_each
+from fabricfn.starting.cargo import Call, pack, read_result, unpack, write_result
+from fabricfn.starting.joining import join, place, shutdown
+from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
+
+
+def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+    """Run `fn(rt, *args)` on every rank and return what the ranks of this node returned.
+
+    Laws:
+
+    * One rank runs in this process, without any other. Under a launcher (torchrun, or inside another launch) nothing is
+      started: `fn` is called once here, and the list has this rank's result alone.
+    * `devices="auto"` means all devices here, in a notebook too.
+    * Tensors come back on the CPU, in memory of this process; of any size.
+    * The first failing rank's own exception is raised, with a note that names the rank and has its traceback there.
+      The errors by which the other ranks notice (a closed connection) are never taken for it.
+    * No worker outlives the call, whatever ended it. (`spawn` and `forkserver` keep the small helper processes of
+      Python's multiprocessing until this process ends.)
+    * A forked rank computes with one CPU thread when this process has computed with several before: OpenMP would hang.
+
+    Args:
+        fn: called with the `Runtime` of its rank, then `args`. With `fork` any function; otherwise one at the top level
+            of a module, or, with the extra `fabricfn[closures]`, any. Keyword arguments: `functools.partial`.
+        args: given to every rank.
+        options: those of `init_runtime`. `start_method` is "fork", "spawn", "forkserver" or "auto": fork on CPU while
+            CUDA is not initialised (0.2 s instead of several), else spawn.
+
+    Returns:
+        One value for each rank of this node, in the order of ranks.
+
+    Raises:
+        ConfigurationError: an option has no meaning here, or contradicts the launcher.
+        LaunchError: a rank was killed, left by `sys.exit`, or raised or returned what cannot be pickled.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> ff.launch(lambda rt, x: rt.world_size * x, 21, accelerator="cpu")
+        [21]
+    """
+    request = request_from(options)
+    choice = choice_of(request)
+    topology = place(find(os.environ, request.environment))
+    count = len(choice.indices)
+    if topology.name != "single" or count * request.num_nodes == 1:
+        rt = join(request, topology, choice)
+        try:
+            return [fn(rt, *args)]
+        finally:
+            shutdown(rt)
+    check_own_start(request, choice)
+    method = start_method(request, choice)
+    call: Call = (fn, args, request)
+    cargo = call if method == "fork" else pack(call)
+    folder = Path(tempfile.mkdtemp(prefix="fabricfn-"))
+    stopped = None
+    try:
+        outcome = run_workers(
+            _work,
+            (cargo, _threads_of_fork(count) if method == "fork" else None),
+            request=request,
+            count=count,
+            folder=folder,
+            started_by="launch",
+            start_method=method,
+        )
+        if outcome.status or outcome.failed_rank is not None:
+            _raise_cause(outcome)
+        return [read_result(outcome.folder / f"rank-{rank}.result") for rank in outcome.ranks]
+    except SignalException as error:
+        stopped = error.sigval
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    signal.raise_signal(stopped)  # by the handler that was there before: KeyboardInterrupt, or the end of this process
+    raise LaunchError(f"launch was stopped by {stopped.name}; its ranks are gone.")
+
+
+def start_method(request: Request, choice: Choice) -> str:
+    """The start method of multiprocessing to use.
+
+    Raises:
+        ConfigurationError: this platform does not have it, or forking would break CUDA in the ranks.
+    """
+    there_are = multiprocessing.get_all_start_methods()
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigurationError(
+            "launch is called while a spawned rank imports this script, so it would start ranks for ever. Put the call"
+            ' under: if __name__ == "__main__":'
+        )
+    method = request.start_method
+    if method == "auto":
+        forkable = choice.accelerator == "cpu" and "fork" in there_are and not torch.cuda.is_initialized()
+        return "fork" if forkable else "spawn"
+    if method not in there_are:
+        raise ConfigurationError(f"start_method={method!r} does not exist here; there are {', '.join(there_are)}.")
+    if method == "fork":
+        check_ready('launch(start_method="fork")')
+    return method
+
+
+def _threads_of_fork(count: int) -> int | None:
+    """The CPU threads of a forked rank; None where OMP_NUM_THREADS has set them.
+
+    Where this process has computed with several threads, a child would wait for them for ever; one thread is safe.
+    """
+    tasks = Path("/proc/self/task")
+    if torch.get_num_threads() > 1 and (not tasks.exists() or len(list(tasks.iterdir())) > 1):
+        return 1
+    return None if "OMP_NUM_THREADS" in os.environ else threads_each(count)
+
+
+def _raise_cause(outcome: Outcome) -> NoReturn:
+    if outcome.failure is not None:
+        raise exception_of(outcome.failure) from None
+    how = ending(outcome.status)
+    if outcome.status == 0:
+        how = "left with status 0 before its function returned"
+    hint = " Was the machine out of memory?" if outcome.status == -signal.SIGKILL else ""
+    raise LaunchError(f"rank {outcome.failed_rank} {how}, without an exception.{hint}")
+
+
+def _work(cargo: Call | bytes, threads: int | None) -> None:
+    """The life of one rank."""
+    # A session of its own, so that the parent can end what the rank starts; Ctrl-C comes through the parent.
+    with contextlib.suppress(PermissionError):
+        os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    topology = find(os.environ)
+    attend(topology)
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        fn, args, request = unpack(cargo)
+        rt = join(request, topology, choice_of(request))
+        result = fn(rt, *args)
+        write_result(Path(topology.folder or ".") / f"rank-{topology.rank}.result", result, topology.rank)
+        shutdown(rt)
+    except BaseException as error:
+        leave_word(topology, record(error, topology.rank))
+        _leave(error)
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """End this process at once: to destroy the group could wait for a rank that hangs, and finalisation could abort."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    code = error.code if isinstance(error, SystemExit) else 1
+    os._exit(code if isinstance(code, int) and code else 1)

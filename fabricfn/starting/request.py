@@ -1,0 +1,101 @@
+"""The options of `init_runtime` as one record, and what they mean on this machine."""
+
+import dataclasses
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+from fabricfn.accelerators import Choice, available, choose
+from fabricfn.environments import Topology
+from fabricfn.errors import ConfigurationError
+from fabricfn.precision import Precision
+from fabricfn.strategies import resolve
+from fabricfn.strategy import Strategy
+
+START_METHODS = ("auto", "fork", "spawn", "forkserver")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The options of `init_runtime`, which documents them, with their defaults."""
+
+    accelerator: str = "auto"
+    devices: int | str | Sequence[int] | None = "auto"
+    strategy: str | Strategy = "auto"
+    num_nodes: int = 1
+    precision: str | int | Precision = "32-true"
+    environment: str | Topology | None = None
+    seed: int | None = None
+    timeout: float | timedelta = 1800.0
+    backend: str | None = None
+    node_rank: int | None = None
+    main_address: str | None = None
+    main_port: int | None = None
+    max_restarts: int = 0
+    start_method: str = "auto"
+    spawn: Literal["script", "never"] = "script"
+
+
+def request_from(options: dict[str, Any]) -> Request:
+    """The record of these keyword arguments.
+
+    Raises:
+        TypeError: there is no such option.
+    """
+    known = [field.name for field in dataclasses.fields(Request)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"there is no option {unknown[0]!r}; there are {', '.join(known)}. To give the launched function a keyword"
+            f" argument, write functools.partial(fn, {unknown[0]}=...)."
+        )
+    return Request(**options)
+
+
+def choice_of(request: Request) -> Choice:
+    """The devices of this node that the request means, everything that can be wrong in it being checked.
+
+    Raises:
+        ConfigurationError: an option has no meaning here.
+    """
+    for name, allowed in (("spawn", ("script", "never")), ("start_method", START_METHODS)):
+        if getattr(request, name) not in allowed:
+            raise ConfigurationError(f"{name}={getattr(request, name)!r} is unknown; there are {', '.join(allowed)}.")
+    for name, least in (("num_nodes", 1), ("max_restarts", 0)):
+        value = getattr(request, name)
+        if type(value) is not int or value < least:
+            raise ConfigurationError(f"{name}={value!r} must be a whole number, at least {least}.")
+    if seconds(request.timeout) <= 0:
+        raise ConfigurationError(f"timeout={request.timeout!r} must be a positive number of seconds.")
+    Precision.parse(request.precision)
+    return choose(request.accelerator, request.devices, available())
+
+
+def seconds(timeout: float | timedelta) -> float:
+    """A time limit in seconds."""
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+
+
+def check_own_start(request: Request, choice: Choice) -> None:
+    """Raise `ConfigurationError` unless this process can start the ranks of this node by itself.
+
+    Called before any process is started: what is wrong must not come out of every rank, or as a hang.
+    """
+    resolve(request.strategy, len(choice.indices) * request.num_nodes)
+    if request.num_nodes == 1:
+        if request.node_rank not in (None, 0):
+            raise ConfigurationError(f"node_rank={request.node_rank}, but num_nodes=1. Write num_nodes=... too.")
+        return
+    if request.node_rank is None or request.main_address is None:
+        raise ConfigurationError(
+            f"num_nodes={request.num_nodes} needs node_rank=0 .. {request.num_nodes - 1}, a different one on each"
+            " node, and main_address=, the name of the node with node_rank=0, when no launcher such as torchrun"
+            " sets them."
+        )
+    if not 0 <= request.node_rank < request.num_nodes:
+        raise ConfigurationError(f"node_rank={request.node_rank} must be 0 .. {request.num_nodes - 1} (num_nodes - 1).")
+    if request.max_restarts:
+        raise ConfigurationError(
+            f"max_restarts={request.max_restarts} over num_nodes={request.num_nodes}: the nodes must agree on a"
+            " restart, which torchrun does. Start with: torchrun --max-restarts ... --rdzv-backend c10d train.py"
+        )

@@ -1,0 +1,174 @@
+"""The record Optimizer: the values of an optimizer, and the plan that says how they move.
+
+[Note: store] The state is kept in the form that its functions need (`store`: prepared columns, or one row a
+parameter), since building name -> {slot: value} at every step would cost more than the step. `state` builds it when
+somebody looks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from fabricfn.errors import ConfigurationError
+from fabricfn.records import Lease, Ref, Static, versions_of
+from fabricfn.tree import TreeSpec, path_name, register, tree_flatten, tree_leaves, tree_paths, tree_unflatten
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """What an `Optimizer` is besides its values: made by `setup_optimizer`, shared by all its successors."""
+
+    name: str
+    """As messages call it: "AdamW"."""
+    ref: Ref
+    """Two optimizers combine in `tree_map` when their plans' refs are equal."""
+    spec: TreeSpec | None
+    """The structure of the tree of models; None for one Model."""
+    names: tuple[tuple[str, ...], ...]
+    """The parameters' names, one tuple a model. A position counts through all of them."""
+    shapes: tuple[torch.Size, ...]
+    """The parameters' shapes, by position."""
+    moving: tuple[bool, ...] | None
+    """Which positions some optimizer may change (not frozen); None is all."""
+    groups: tuple[tuple[int, ...], ...]
+    """The positions of each group of hyperparameters."""
+    detail: Any
+    """What the functions below need."""
+    advance: Callable[..., tuple[Any, Mapping[str, Any], Sequence[Mapping[str, Any]]]]
+    """(opt, params, grads, hyperparams, donate, evaluate) -> the next (store, shared, hyperparams). Changes the
+    tensors of `params` in place; those of the store only when `donate`."""
+    read: Callable[["Plan", Any], Any]
+    """(plan, store) -> state, as the user sees it."""
+    write: Callable[["Optimizer", Any], Any]
+    """(like, state) -> store."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
+        return self
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Optimizer:
+    """The state of an optimizer: data. Made by `setup_optimizer` and `optimizer_step`; a pytree of its tensors.
+
+    `dataclasses.replace(opt, hyperparams=...)` changes hyperparameters for good; keyword arguments of `optimizer_step`
+    change them for one step.
+    """
+
+    shared: Mapping[str, Any]
+    """What belongs to no single parameter: the history of LBFGS, attributes that a class of your own keeps."""
+    hyperparams: tuple[Mapping[str, Any], ...]
+    """One mapping a group; empty for an (init, update) pair."""
+    step: int
+    """How many times `optimizer_step` was called."""
+    store: Any = dataclasses.field(repr=False)
+    """The state as the optimizer's functions keep it; read `state`."""
+    plan: Plan = dataclasses.field(repr=False)
+    lease: Lease = dataclasses.field(default_factory=Lease, repr=False)
+    """Watches the tensors' versions only once other records may hold them (see `exposed`)."""
+
+    @property
+    def state(self) -> Any:
+        """By name -> {slot: value} (in the tree of the models, if there are several); or what a custom `init` returned.
+
+        A view of the tensors: copy what you want to keep over a donated step.
+        """
+        return self.plan.read(self.plan, self.store)
+
+    def __repr__(self) -> str:
+        rates = [group["lr"] for group in self.hyperparams if "lr" in group]
+        count = sum(map(len, self.plan.groups)) or sum(map(len, self.plan.names))
+        lr = f"lr {rates[0] if len(rates) == 1 else rates}, " if rates else ""
+        return f"Optimizer({self.plan.name}, {count} params, {lr}step {self.step})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        hyperparams = tuple(map(dict, self.hyperparams))
+        return (_optimizer, (self.store, dict(self.shared), hyperparams, self.step, self.plan))
+
+
+def _optimizer(store: Any, shared: Any, hyperparams: Any, step: int, plan: Plan) -> Optimizer:
+    frozen = tuple(MappingProxyType[str, Any](group) for group in hyperparams)
+    return Optimizer(store=store, shared=shared, hyperparams=frozen, step=step, plan=plan)
+
+
+_PLAIN = (bool, int, float, complex, str, bytes)
+
+
+def _flatten_optimizer(opt: Optimizer) -> tuple[Sequence[Any], Static, Sequence[str]]:
+    leaves, spec = tree_flatten((opt.store, opt.shared))
+    paths = tree_paths((opt.store, opt.shared))
+    plain = [leaf if type(leaf) in _PLAIN else None for leaf in leaves]
+    places = [i for i, leaf in enumerate(leaves) if type(leaf) not in _PLAIN]
+    exposed(opt)
+    static = Static(opt.plan.ref, (opt.plan, spec, plain, places, opt.hyperparams, opt.step))
+    return [leaves[i] for i in places], static, [path_name(paths[i][1:]) for i in places]
+
+
+def _unflatten_optimizer(static: Static, children: Iterable[Any]) -> Optimizer:
+    plan, spec, plain, places, hyperparams, step = static.payload
+    leaves = list(plain)
+    for place, child in zip(places, children, strict=True):
+        leaves[place] = child
+    store, shared = tree_unflatten(spec, leaves)
+    opt = Optimizer(store=store, shared=shared, hyperparams=hyperparams, step=step, plan=plan)
+    return exposed(opt)
+
+
+def exposed(opt: Optimizer) -> Optimizer:
+    """The same optimizer, whose lease watches the tensors from now on, since another record may hold them.
+
+    As long as nobody has taken it apart, no other record can, and the hot loop need not look at versions.
+    """
+    lease = opt.lease
+    if lease.spent is not None or lease.values is not None:
+        lease.check("Optimizer")
+        return opt
+    tensors = [leaf for leaf in tree_leaves((opt.store, opt.shared)) if type(leaf) not in _PLAIN]
+    lease.values = {str(i): tensor for i, tensor in enumerate(tensors)}
+    lease.versions = versions_of(tensors)
+    return opt
+
+
+register(Optimizer, _flatten_optimizer, _unflatten_optimizer)
+
+
+def optimizer_to_tree(opt: Optimizer) -> dict[str, Any]:
+    """The optimizer as plain containers, for a checkpoint: `state`, `shared`, `hyperparams`, `step`. Not a copy."""
+    if opt.lease.spent is not None or opt.lease.values is not None:
+        opt.lease.check("Optimizer")
+    return {
+        "state": opt.state,
+        "shared": dict(opt.shared),
+        "hyperparams": [dict(group) for group in opt.hyperparams],
+        "step": opt.step,
+    }
+
+
+def optimizer_from_tree(like: Optimizer, tree: Mapping[str, Any]) -> Optimizer:
+    """The optimizer of `like` with the values of `optimizer_to_tree`; the tensors are used as they are.
+
+    State that `like` does not have yet (slots that appear with the first step) is taken over, too.
+
+    Raises:
+        ConfigurationError: other parameters, other groups, or slots that this optimizer does not know.
+    """
+    groups = tree["hyperparams"]
+    if len(groups) != len(like.hyperparams):
+        raise ConfigurationError(
+            f"this state has {len(groups)} groups of hyperparameters; the optimizer that it is loaded into has"
+            f" {len(like.hyperparams)}. Set it up with the same `groups`."
+        )
+    hyperparams = tuple(
+        MappingProxyType({**old, **{key: _as(old.get(key), value) for key, value in new.items()}})
+        for old, new in zip(like.hyperparams, groups, strict=True)
+    )
+    store = like.plan.write(like, tree["state"])
+    shared = dict(tree.get("shared") or {})
+    return Optimizer(store=store, shared=shared, hyperparams=hyperparams, step=int(tree["step"]), plan=like.plan)
+
+
+def _as(old: Any, new: Any) -> Any:
+    made: Any = (*new,) if type(old) is tuple and type(new) is list else new
+    return made

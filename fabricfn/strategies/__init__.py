@@ -1,0 +1,63 @@
+"""The strategies, by name. One factory a file; to add one, write it and put it into `NAMES`."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from fabricfn.errors import ConfigurationError
+from fabricfn.strategies.ddp import ddp as ddp
+from fabricfn.strategies.functional import functional as functional
+from fabricfn.strategies.single import single as single
+from fabricfn.strategy import Strategy
+
+NAMES: dict[str, Callable[[], Strategy]] = {"single": single, "ddp": ddp, "functional": functional}
+
+
+def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
+    """The record that `init_runtime(strategy=...)` means.
+
+    Args:
+        strategy: a name of `NAMES`; "auto", which is `single` for one rank and `ddp` for more; a record, which is
+            returned as it is; or "package.module:factory" for a function without arguments that returns one.
+        world_size: the number of ranks that it must serve.
+
+    Raises:
+        ConfigurationError: the name is unknown (the message lists what there is), the factory cannot be imported or
+            returns something else, or the strategy does not serve so many ranks.
+
+    Example:
+        >>> resolve("auto", 1).name, resolve("auto", 2).name
+        ('single', 'ddp')
+    """
+    found = _named(strategy, world_size) if isinstance(strategy, str) else strategy
+    if not isinstance(found, Strategy):  # pyright: ignore[reportUnnecessaryIsInstance]  # what users pass is unchecked
+        raise ConfigurationError(
+            f"strategy={strategy!r} is no Strategy record but a {type(found).__name__}. {_THERE_IS}"
+        )
+    if found.max_ranks is not None and world_size > found.max_ranks:
+        raise ConfigurationError(
+            f"strategy={found.name!r} serves at most {found.max_ranks} rank{'s' * (found.max_ranks > 1)}, but there are"
+            f' {world_size}. Write strategy="ddp", or devices=1.'
+        )
+    return found
+
+
+_THERE_IS = (
+    f"There are {', '.join(map(repr, ('auto', *NAMES)))}, a Strategy record such as ff.strategies.ddp(...), and"
+    ' "package.module:factory".'
+)
+
+
+def _named(name: str, world_size: int) -> Any:
+    if name == "auto":
+        return single() if world_size == 1 else ddp()
+    if name in NAMES:
+        return NAMES[name]()
+    module, colon, factory = name.partition(":")
+    if not colon:
+        raise ConfigurationError(f"strategy={name!r} is unknown. {_THERE_IS}")
+    try:
+        make: Any = getattr(import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"strategy={name!r} cannot be imported: {error}. {_THERE_IS}") from error
+    return make()

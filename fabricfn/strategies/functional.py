@@ -1,0 +1,98 @@
+"""The readable definition: `functional_call`, `torch.autograd.grad`, one flat all-reduce. Pure by construction.
+
+No hook, no hidden state: the gradients of values, then their mean over ranks. Every other strategy must agree with it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.func import functional_call
+
+from fabricfn.engine import Box, Frame, require_all
+from fabricfn.flat import all_reduce_mean
+from fabricfn.strategy import Strategy
+from fabricfn.world import World
+
+
+@dataclasses.dataclass(slots=True)
+class Values:
+    """The handle of a frame: the leaves of the run under way and the sums of their gradients."""
+
+    box: Box
+    names: tuple[str, ...]
+    leaves: list[torch.Tensor] | None = None
+    sums: list[torch.Tensor | None] = dataclasses.field(default_factory=list[torch.Tensor | None])
+
+
+def functional() -> Strategy:
+    """Replicas on every rank, gradients of pure functions, averaged by one explicit collective after the backward."""
+    return Strategy(name="functional", attach=attach, forward=forward, backward=backward, gradients=gradients)
+
+
+def attach(net: nn.Module, world: World) -> Values:
+    """A box around the net, so that `functional_call` reaches any function of it."""
+    box = Box(net)
+    return Values(box, tuple(name for name, _ in box.named_parameters()))
+
+
+def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
+    """`fn` of the nets, with fresh leaves in place of their parameters."""
+
+    def enter(index: int, nets: tuple[nn.Module, ...]) -> Any:
+        if index == len(frames):
+            return fn(*nets)
+        values: Values = frames[index].handle
+        if values.leaves is None:
+            values.leaves = [slot.detach().requires_grad_(slot.requires_grad) for slot in frames[index].slots]
+            values.sums = [None] * len(values.leaves)
+        named = dict(zip(values.names, values.leaves, strict=True))
+
+        def inner(net: nn.Module) -> Any:
+            return enter(index + 1, (*nets, net))
+
+        return functional_call(values.box, named, (inner,))
+
+    return enter(0, ())
+
+
+def backward(frames: Sequence[Frame], loss: torch.Tensor) -> None:
+    """Add the gradients with respect to the leaves."""
+    handles: list[Values] = [frame.handle for frame in frames]
+    leaves = [leaf for values in handles for leaf in values.leaves or () if leaf.requires_grad]
+    found = cast("tuple[torch.Tensor | None, ...]", torch.autograd.grad(loss, leaves, allow_unused=True))
+    grads = iter(found)
+    for values in handles:
+        for index, leaf in enumerate(values.leaves or ()):
+            if leaf.requires_grad:
+                old = values.sums[index]
+                new = next(grads)
+                if new is not None:  # a copy of its own: autograd hands the same tensor to both terms of a sum
+                    values.sums[index] = new.clone() if old is None else old + new
+
+
+def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:
+    """The sums, averaged over ranks."""
+    handles: list[Values] = [frame.handle for frame in frames]
+    taken = [values.sums for values in handles]
+    for values in handles:
+        values.leaves, values.sums = None, []
+    if not allow_unused:
+        require_all(frames, taken)
+    if world.group is None:
+        return taken
+    flat = [grad for grads in taken for grad in grads]
+    slots = [slot for frame in frames for slot in frame.slots]
+    if allow_unused:
+        used = torch.tensor([grad is not None for grad in flat], dtype=torch.uint8, device=world.device)
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=world.group)
+        flat = [
+            torch.zeros_like(slot) if somewhere and grad is None else grad
+            for grad, slot, somewhere in zip(flat, slots, cast("list[int]", used.tolist()), strict=True)
+        ]
+    means = iter(all_reduce_mean([grad for grad in flat if grad is not None], world.group))
+    reduced = iter([None if grad is None else next(means) for grad in flat])
+    return [[next(reduced) for _ in grads] for grads in taken]

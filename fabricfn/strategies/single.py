@@ -1,0 +1,56 @@
+"""One process, one device: the oracle that every other strategy is compared with."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import _engine_run_backward
+
+from fabricfn.engine import Frame, require_all
+from fabricfn.strategy import Strategy
+from fabricfn.world import World
+
+
+def single() -> Strategy:
+    """The strategy of a world of one."""
+    return Strategy(name="single", max_ranks=1, attach=attach, forward=forward, backward=backward, gradients=gradients)
+
+
+def attach(net: nn.Module, world: World) -> None:
+    """Nothing to tie."""
+
+
+def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
+    """`fn` of the nets, plainly."""
+    return fn(*[frame.net for frame in frames])
+
+
+def backward(frames: Sequence[Frame], loss: torch.Tensor) -> None:
+    """Accumulate into the slots' `.grad`.
+
+    This is the core of `loss.backward()`, without its general handling of many tensors and of subclasses, which costs
+    18 us of a 160 us backward (measured, 4 layers of 32).
+    """
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:
+    """Take `.grad` away from the slots, without a copy."""
+    taken: list[list[torch.Tensor | None]] = []
+    complete = True
+    for frame in frames:
+        grads: list[torch.Tensor | None] = []
+        for slot in frame.slots:
+            grad = slot.grad
+            if grad is None:
+                complete = False
+            else:
+                slot.grad = None
+            grads.append(grad)
+        taken.append(grads)
+    if not (complete or allow_unused):
+        require_all(frames, taken)
+    return taken

@@ -1,0 +1,79 @@
+"""What a strategy is: a record of functions, like optax's `GradientTransformation`. There is no base class.
+
+Laws, which `tests/test_laws.py` holds for every row of its table:
+
+* `forward(frames, fn, ...)` returns `fn(*nets)`, whatever `fn` computes: any method, any number of forwards.
+* after `backward` of the last micro-batch, `gradients` returns, for each frame and each slot, the mean over all ranks
+  of the ranks' summed gradients, in memory of its own, and leaves no gradient behind.
+* the same inputs give the same bits, whatever ran before.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fabricfn.engine import Frame
+from fabricfn.world import World
+
+
+class Attach(Protocol):
+    """Ties an engine to a net."""
+
+    def __call__(self, net: nn.Module, world: World) -> Any:
+        """Tie the machinery of synchronisation to the parameters of `net`. Every rank must call it."""
+        ...
+
+
+class Forward(Protocol):
+    """Runs a function of the nets."""
+
+    def __call__(self, frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
+        """`fn(*nets)`, such that the backward pass synchronises when `sync`.
+
+        `loss_fn` is what the user passed: some engines serve one loss function only.
+        """
+        ...
+
+
+class Backward(Protocol):
+    """Runs the backward pass."""
+
+    def __call__(self, frames: Sequence[Frame], loss: torch.Tensor) -> None:
+        """Add the gradients of `loss` to those that the frames already hold."""
+        ...
+
+
+class Gradients(Protocol):
+    """Hands the synchronised gradients over."""
+
+    def __call__(self, frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:
+        """Take the gradients away: one list a frame, one entry a slot, the mean over ranks.
+
+        None for a frozen slot; with `allow_unused` also where no rank had a gradient, otherwise that is an error.
+        """
+        ...
+
+
+def allowed() -> None:
+    """The check of a strategy that has nothing to refuse."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """How a model is trained on many devices. Write one with a factory, change one with `dataclasses.replace`."""
+
+    name: str
+    """As `init_runtime(strategy=...)` and messages call it."""
+    max_ranks: int | None = None
+    """The largest world that it serves; None is any."""
+    attach: Attach
+    forward: Forward
+    backward: Backward
+    gradients: Gradients
+    check_unused: Callable[[], None] = allowed
+    """Raises `CapabilityError` when this strategy cannot serve `allow_unused=True`."""
+    check_transform: Callable[[], None] = allowed
+    """Raises `CapabilityError` when a `torch.func` transform over its models would miss the synchronisation."""

@@ -1,0 +1,30 @@
+"""Who am I: the place of one process among all processes of the job."""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+
+CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """The place of this process in the job. Plain facts, fixed at start; nothing is asked of the environment later."""
+
+    rank: int = 0
+    """0 .. world_size - 1, over all nodes."""
+    world_size: int = 1
+    """The number of processes of the job, one device each."""
+    local_rank: int = 0
+    """0 .. local_world_size - 1, on this node."""
+    local_world_size: int = 1
+    """The number of processes on this node."""
+    node_rank: int = 0
+    """0 .. num_nodes - 1."""
+    num_nodes: int = 1
+    """The number of machines of the job."""
+    device: torch.device = CPU
+    """The device of this process."""
+    group: dist.ProcessGroup | None = None
+    """The process group of all ranks; None when there is one rank, and then no collective is ever called."""

@@ -1,0 +1,58 @@
+"""Every check and every measurement by name: `nox -l` lists them, `nox` runs the whole round.
+
+They run in the environment that nox itself is installed in, which the commands of the README make: torch is large, and
+a second copy of it per session would cost minutes and gigabytes without testing anything else.
+"""
+
+import sys
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "floors", "doctests", "tests"]
+
+# Ranks are processes: one thread each, or they take the cores from one another.
+ENV = {"OMP_NUM_THREADS": "1"}
+
+
+def python(session: nox.Session, *arguments: str) -> None:
+    """Run this environment's Python."""
+    session.run(sys.executable, *arguments, env=ENV)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: what it finds, and whether everything is formatted."""
+    python(session, "-m", "ruff", "check", ".")
+    python(session, "-m", "ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """pyright, strict, on the package."""
+    python(session, "-m", "pyright", "--pythonpath", sys.executable)
+
+
+@nox.session
+def floors(session: nox.Session) -> None:
+    """Who may import whom, and that every public name is documented."""
+    python(session, "-m", "pytest", "tests/test_floors.py", "tests/test_public.py")
+
+
+@nox.session
+def doctests(session: nox.Session) -> None:
+    """The examples in the docstrings."""
+    python(session, "-m", "pytest", "--doctest-modules", "fabricfn")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite; arguments after -- go to pytest."""
+    python(session, "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measure, and write docs/benchmarks.md; about five minutes on two idle cores. Not part of the round."""
+    python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[bench]")
+    python(session, "-m", "tests.benchmarks", *session.posargs)

@@ -1,0 +1,98 @@
+"""What is paid around the step: moving batches, going through a loader, importing, coming to the first step."""
+
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import optree
+import torch
+from torch.utils.data import DataLoader
+
+import fabricfn as ff
+from tests.benchmarks.timing import interleaved
+
+
+def nested_batch() -> dict[str, Any]:
+    """20 small tensors in dicts, lists and tuples."""
+    return {
+        "images": [torch.zeros(4, 3) for _ in range(8)],
+        "targets": {"boxes": tuple(torch.zeros(4, 4) for _ in range(8)), "labels": [torch.zeros(4) for _ in range(4)]},
+    }
+
+
+def measure_to_device(rounds: int) -> dict[str, float]:
+    """Median seconds of CPU for moving 20 nested tensors to the device where they are."""
+    torch.set_num_threads(1)
+    rt = ff.init_runtime(accelerator="cpu", devices=1)
+    batch, device = nested_batch(), rt.device
+
+    def bare() -> None:
+        for _ in range(100):
+            optree.tree_map(lambda leaf: leaf.to(device, non_blocking=True), batch)
+
+    def ours() -> None:
+        for _ in range(100):
+            ff.to_device(rt, batch)
+
+    seconds = interleaved({"bare": bare, "bare again (noise)": bare, "fabricfn": ours}, rounds)
+    return {name: value / 100 for name, value in seconds.items()}
+
+
+def measure_batches(rounds: int) -> dict[str, float]:
+    """Median seconds of CPU per batch, of 500 batches that stand ready."""
+    torch.set_num_threads(1)
+    rt = ff.init_runtime(accelerator="cpu", devices=1)
+    ready = [(torch.zeros(8, 32), torch.zeros(8)) for _ in range(500)]
+    loader = DataLoader(ready, batch_size=None)
+    sharded = ff.setup_dataloader(rt, DataLoader(ready, batch_size=None))
+
+    def bare() -> None:
+        for _ in loader:
+            pass
+
+    def ours() -> None:
+        for _ in ff.batches(rt, sharded, 0):
+            pass
+
+    seconds = interleaved({"bare": bare, "bare again (noise)": bare, "fabricfn": ours}, rounds, warmup=3)
+    return {name: value / len(ready) for name, value in seconds.items()}
+
+
+IMPORTS = {
+    "import torch": "import torch",
+    "import torch again (noise)": "import torch",
+    "import fabricfn": "import fabricfn",
+    "import fabricfn, use every name of the loop": (
+        "import fabricfn as ff; ff.init_runtime, ff.setup_model, ff.setup_optimizer, ff.setup_dataloader,"
+        " ff.value_and_grad, ff.batches, ff.clip_gradients, ff.optimizer_step, ff.save"
+    ),
+}
+
+FIRST_STEPS = {
+    "plain": """
+import torch
+net = torch.nn.Linear(8, 8); optimizer = torch.optim.AdamW(net.parameters())
+net(torch.ones(2, 8)).sum().backward(); optimizer.step()
+""",
+    "fabricfn": """
+import torch, fabricfn as ff
+rt = ff.init_runtime(accelerator="cpu", devices=1)
+model = ff.setup_model(rt, torch.nn.Linear(8, 8)); opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=1e-3)
+loss, grads = ff.value_and_grad(rt, lambda net, x: net(x).sum())(model, torch.ones(2, 8))
+model, opt = ff.optimizer_step(rt, model, opt, grads)
+""",
+}
+FIRST_STEPS["plain again (noise)"] = FIRST_STEPS["plain"]
+
+
+def measure_programs(programs: dict[str, str], rounds: int) -> dict[str, float]:
+    """Median seconds of CPU of small programs, each in a process of its own, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for index in range(rounds + 1):
+        for name, code in programs.items():
+            timed = f"import time; start = time.process_time()\n{code}\nprint(time.process_time() - start)"
+            output = subprocess.run([sys.executable, "-c", timed], check=True, capture_output=True, text=True).stdout
+            if index:  # the first round fills the file cache
+                times[name].append(float(output))
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,102 @@
+"""The page docs/benchmarks.md, from the figures."""
+
+from typing import Any
+
+# What is asked for: figure -> contender -> the largest ratio.
+ASKED = {
+    "steps 4 32-true": {"fabricfn, donated": 0.5, "fabricfn, pure": 0.6},
+    "steps 40 32-true": {"fabricfn, donated": 0.45, "fabricfn, pure": 0.6},
+    "steps 4 bf16-mixed": {"fabricfn, donated": 0.8},
+    "ddp 1": {"fabricfn, donated": 1.0},
+    "ddp 8": {"fabricfn, donated": 1.0},
+    "collectives all_reduce": {"fabricfn": 0.05},
+    "collectives broadcast": {"fabricfn": 0.05},
+    "collectives all_gather": {"fabricfn": 0.05},
+    "to_device": {"fabricfn": 1.2},
+    "batches": {"fabricfn": 1.2},
+    "imports": {"import fabricfn": 1.05},
+}
+
+STEP_ROWS = {
+    "steps 4 32-true": "4 layers",
+    "steps 40 32-true": "40 layers",
+    "steps 4 bf16-mixed": "4 layers, bf16-mixed",
+}
+DDP_ROWS = {"ddp 1": "one batch a step", "ddp 8": "8 micro-batches a step"}
+COLLECTIVE_ROWS = {
+    "collectives all_reduce": "all_reduce",
+    "collectives broadcast": "broadcast",
+    "collectives all_gather": "all_gather",
+}
+INPUT_ROWS = {
+    "to_device": "`to_device` of 20 nested tensors against `optree.tree_map`",
+    "batches": "`batches` over ready batches, a batch, against the bare DataLoader",
+}
+
+HEAD = """# Benchmarks
+
+Made by `nox -s benchmarks` (that is `python -m tests.benchmarks`); the raw figures are in
+[benchmarks.json](benchmarks.json). Do not edit by hand.
+
+Measured on {cpu}; Python {python}, torch {torch}, optree {optree}, Lightning Fabric {lightning-fabric}, Accelerate
+{accelerate}; one thread a process.
+
+How: contenders take turns in one process, in a shuffled order, so that a disturbance hits all of them; each figure is
+a median over rounds, then over {processes} fresh processes. The tables show ratios to the first contender; **again** is
+the same code a second time and shows the noise; brackets hold what is asked for.
+"""
+
+
+def cell(result: dict[str, Any], name: str, asked: dict[str, float]) -> str:
+    """A ratio, and in brackets the largest that is asked for."""
+    if name not in result["ratios"]:
+        return "not installed"
+    limit = f" (<= {asked[name]:g})" if name in asked else ""
+    return f"{result['ratios'][name]:.2f}{limit}"
+
+
+def amount(seconds: float) -> str:
+    """Seconds, in a readable unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds * 1e6:.2f} us"
+
+
+def table(results: dict[str, Any], rows: dict[str, str], base: str, contenders: dict[str, str]) -> str:
+    """One Markdown table: a line per row, a column per contender."""
+    head = ["", base, *contenders.values()]
+    lines = [head, ["---"] * len(head)]
+    for key, title in rows.items():
+        result = results[key]
+        cells = [cell(result, name, ASKED.get(key, {})) for name in contenders]
+        lines.append([title, amount(result["seconds"]), *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def render(results: dict[str, Any], processes: int = 3) -> str:
+    """The whole page."""
+    hand = {"plain again (noise)": "again", "fused": "by hand, fused"}
+    ours = {"fabricfn, donated": "fabricfn, donated", "fabricfn, pure": "fabricfn, pure"}
+    peers = {"Lightning Fabric": "Lightning Fabric", "Accelerate": "Accelerate"}
+    collectives = {"loop again (noise)": "again", "fabricfn": "fabricfn"}
+    first = {
+        "imports": {name: name for name in list(results["imports"]["ratios"])[1:]},
+        "first_step": {"plain again (noise)": "again", "fabricfn": "fabricfn"},
+    }
+    parts = [
+        HEAD.format(**results["machine"], processes=processes),
+        "## One step, one process\n\nCPU time of forward, backward and AdamW for layers of `Linear(32, 32)`, batch 8."
+        " By hand: `torch.optim.AdamW(params, lr)`.\n",
+        table(results, STEP_ROWS, "by hand", {**hand, **ours, **peers}),
+        "## One step, two ranks\n\nWall time under ddp for 4 layers, against hand-written `DistributedDataParallel`"
+        " (`no_sync` for the first micro-batches).\n",
+        table(results, DDP_ROWS, "by hand", {**hand, **ours}),
+        "## Collectives, two ranks\n\nWall time for 200 small tensors, against a loop over them.\n",
+        table(results, COLLECTIVE_ROWS, "loop", collectives),
+        "## Around the step\n\nCPU time.\n",
+        table(results, INPUT_ROWS, "bare", {"bare again (noise)": "again", "fabricfn": "fabricfn"}),
+        table(results, {"imports": "importing"}, "import torch", first["imports"]),
+        table(results, {"first_step": "from nothing to the first step done"}, "by hand", first["first_step"]),
+    ]
+    return "\n".join(parts)

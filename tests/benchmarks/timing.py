@@ -1,0 +1,31 @@
+"""How all of this is measured: contenders take turns in one process; medians are compared; a twin shows the noise."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+Contenders = dict[str, Callable[[], object]]
+
+
+def interleaved(
+    contenders: Contenders, rounds: int, clock: Callable[[], float] = time.process_time, warmup: int = 10
+) -> dict[str, float]:
+    """The median seconds of each contender.
+
+    Every round calls each contender once, in a shuffled order (the same on all ranks), so that whatever slows the
+    machine for a while slows all of them, and nobody always runs after the same neighbour.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
+    names = list(contenders)
+    for index in range(warmup + rounds):
+        order.shuffle(names)
+        for name in names:
+            call = contenders[name]
+            start = clock()
+            call()
+            elapsed = clock() - start
+            if index >= warmup:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,513 @@
+"""value_and_grad, value, accumulate on one process: what a loss function may do, and what is refused."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import fabricfn as ff
+from fabricfn.strategies import ddp, functional, single
+
+STRATEGIES = {"single": single, "functional": functional, "ddp": ddp}
+
+
+def runtime(strategy="single", precision="64-true"):
+    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(precision), strategy=STRATEGIES[strategy]())
+
+
+@pytest.fixture(params=STRATEGIES)
+def rt(request):
+    return runtime(request.param)
+
+
+def data(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Net(nn.Module):
+    """A tied weight, a frozen part, batch statistics, a method besides forward, a parameter used by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(4, 4, bias=False)
+        self.decoder = nn.Linear(4, 4, bias=False)
+        self.decoder.weight = self.encoder.weight
+        self.fixed = nn.Linear(4, 4).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(4)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def encode(self, x):
+        return self.fixed(self.encoder(x)).tanh()
+
+    def forward(self, x):
+        self.seen += len(x)
+        self.cache = x.detach().mean(0)
+        return self.norm(self.decoder(self.encode(x))) * self.scale
+
+
+def fresh():
+    module = Net().double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in module.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def loss_fn(net, x, y):
+    """Several forwards, another method, a weight used by itself."""
+    return F.mse_loss(net(x), y) + net.encode(x).square().mean() + net(y).mean().square() + net.scale.square()
+
+
+def test_any_computation_of_the_net_gives_plain_autograds_gradients(rt):
+    x, y = data(8, 4), data(8, 4, seed=2)
+    module = fresh()
+    model = ff.setup_model(rt, module)
+    assert list(model.params) == [
+        "scale", "encoder.weight", "fixed.weight", "fixed.bias", "norm.weight", "norm.bias",
+    ]  # fmt: skip
+    loss, grads = ff.value_and_grad(rt, loss_fn)(model, x, y)
+    expected = loss_fn(module, x, y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-13)
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            torch.testing.assert_close(grads.params[name], param.grad, rtol=0, atol=1e-13)
+        else:
+            assert grads.params[name] is None
+    assert not loss.requires_grad
+
+
+def test_buffers_are_values(rt):
+    x, y = data(8, 4), data(8, 4, seed=2)
+    module = fresh()
+    model = ff.setup_model(rt, module)
+    before = {name: value.clone() for name, value in model.buffers.items()}
+    _, grads = ff.value_and_grad(rt, loss_fn)(model, x, y)
+    _, again = ff.value_and_grad(rt, loss_fn)(model, x, y)
+    assert all(torch.equal(before[name], value) for name, value in model.buffers.items())
+    loss_fn(module, x, y)
+    expected = {name: value for name, value in module.named_buffers() if name != "cache"}
+    assert set(grads.new_buffers) == set(expected) == set(before)
+    for name, value in expected.items():
+        torch.testing.assert_close(grads.new_buffers[name], value, rtol=0, atol=1e-13)
+        assert torch.equal(grads.new_buffers[name], again.new_buffers[name])
+    new, _ = ff.optimizer_step(rt, model, ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1), grads)
+    assert torch.equal(new.buffers["seen"], expected["seen"]) and not model.buffers["seen"]
+    _, quiet = ff.value_and_grad(rt, lambda net, x: net.encode(x).mean() + 0 * net.norm(x).sum() + 0 * net.scale)(
+        ff.eval_mode(model), x
+    )
+    assert quiet.new_buffers is None
+
+
+def test_apply_drops_buffers_and_honours_the_mode(rt):
+    x = data(8, 4)
+    model = ff.setup_model(rt, fresh())
+    ff.apply(rt, model, x)
+    assert not model.buffers["seen"]
+    module = fresh().eval()
+    torch.testing.assert_close(ff.apply(rt, ff.eval_mode(model), x), module(x))
+    torch.testing.assert_close(ff.apply(rt, model, x, method="encode"), module.encode(x))
+    torch.testing.assert_close(ff.apply(rt, model, x, method=lambda net, x: net.scale + x), 1 * module.scale + x)
+    assert not ff.apply(rt, model, x).requires_grad
+
+
+def test_modes_are_as_the_user_left_them(rt):
+    module = fresh()
+    module.norm.eval()
+    model = ff.setup_model(rt, module)
+    assert "norm" not in model.training and "encoder" in model.training
+    assert ff.train_mode(ff.eval_mode(model)).training == model.training
+    assert ff.eval_mode({"a": model})["a"].training == frozenset()
+    assert "norm" in ff.train_mode(ff.setup_model(rt, fresh().eval())).training
+    _, grads = ff.value_and_grad(rt, loss_fn)(model, data(8, 4), data(8, 4, seed=2))
+    assert set(grads.new_buffers) == {"seen"}
+
+
+def test_the_users_module_is_never_changed(rt):
+    module = fresh()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    hooks = len(module._forward_pre_hooks)
+    model = ff.setup_model(rt, module)
+    _, grads = ff.value_and_grad(rt, loss_fn)(model, data(8, 4), data(8, 4, seed=2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    ff.optimizer_step(rt, model, opt, grads, donate=True)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert len(module._forward_pre_hooks) == hooks and all(p.grad is None for p in module.parameters())
+
+
+def test_a_plain_module_comes_back(rt):
+    model = ff.map_params(lambda a: 2 * a, ff.setup_model(rt, fresh()))
+    module = ff.to_module(rt, model)
+    assert type(module) is Net and module.decoder.weight is module.encoder.weight
+    assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in fresh().parameters()]
+    assert torch.equal(module.encoder.weight, 2 * fresh().encoder.weight) and module.training
+    assert not module._forward_pre_hooks and not module._forward_hooks
+    module(data(8, 4).double()).mean().backward()
+    assert all(torch.equal(value, model.params[name]) for name, value in ff.gather_params(rt, model).items())
+
+
+def test_aux_is_detached_and_any_tree(rt):
+    model = ff.setup_model(rt, fresh())
+
+    def with_aux(net, x):
+        out = net(x)
+        return out.square().mean() + net.encode(x).mean(), {"out": out, "n": len(x)}
+
+    (loss, aux), grads = ff.value_and_grad(rt, with_aux, has_aux=True)(model, data(8, 4))
+    assert aux["n"] == 8 and not aux["out"].requires_grad and grads.params["scale"] is not None
+    value, aux = ff.value(rt, with_aux, has_aux=True)(model, data(8, 4))
+    torch.testing.assert_close(value, loss)
+    (_, several), _ = ff.accumulate(rt, with_aux, has_aux=True)(model, [(data(8, 4),), (data(2, 4),)])
+    assert [aux["n"] for aux in several] == [8, 2]
+
+
+@pytest.mark.parametrize("sizes", [(12,), (6, 6), (1, 11), (5, 4, 2, 1)])
+def test_weighted_accumulation_is_exact(rt, sizes):
+    x, y = data(12, 4), data(12, 4, seed=2)
+    model = ff.eval_mode(ff.setup_model(rt, fresh()))
+
+    def summed(net, x, y):
+        return (net(x) + net.encode(x) - y).square().sum(), x.numel()
+
+    micro = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    loss, grads = ff.accumulate(rt, summed, weighted=True)(model, iter(micro))
+    whole, expected = ff.value_and_grad(rt, lambda net, x, y: (net(x) + net.encode(x) - y).square().mean())(model, x, y)
+    torch.testing.assert_close(loss, whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(dict(grads.params), dict(expected.params), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ff.value(rt, summed, weighted=True)(model, x, y), whole, rtol=0, atol=1e-12)
+
+
+def test_unweighted_accumulation_is_the_mean_of_means(rt):
+    model = ff.eval_mode(ff.setup_model(rt, fresh()))
+    batches = [(data(4, 4, seed=s), data(4, 4, seed=s + 9)) for s in range(3)]
+    loss, grads = ff.accumulate(rt, loss_fn)(model, batches)
+    each = [ff.value_and_grad(rt, loss_fn)(model, *batch) for batch in batches]
+    torch.testing.assert_close(loss, sum(one[0] for one in each) / 3)
+    torch.testing.assert_close(grads.params["scale"], sum(one[1].params["scale"] for one in each) / 3)
+
+
+def test_keys_decide_dropout_and_leave_the_global_generator_alone(rt):
+    model = ff.setup_model(rt, nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1)).double())
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
+    state = torch.get_rng_state()
+    a, b, c = (grad_fn(model, data(8, 4), rng=ff.fold_in(ff.key(0), step))[0] for step in (1, 1, 2))
+    assert a == b and a != c
+    assert torch.equal(torch.get_rng_state(), state)
+    micro = ff.accumulate(rt, lambda net, x: net(x).square().mean())
+    assert micro(model, [(data(8, 4),)] * 2, rng=ff.key(0))[0] == micro(model, [(data(8, 4),)] * 2, rng=ff.key(0))[0]
+    assert torch.equal(ff.apply(rt, model, data(8, 4), rng=ff.key(3)), ff.apply(rt, model, data(8, 4), rng=ff.key(3)))
+
+
+# What breaks naive binding
+
+
+def test_dcgan(rt):
+    def generator():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.ConvTranspose2d(8, 8, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 1, 4, 2, 1), nn.Tanh()
+        ).double()
+
+    def discriminator():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 2), nn.BatchNorm2d(8), nn.Flatten(),
+            nn.Linear(72, 1),
+        ).double()  # fmt: skip
+
+    def d_loss(disc, gen, z, real):
+        ones, zeros = torch.ones(4, 1).double(), torch.zeros(4, 1).double()
+        real_loss = F.binary_cross_entropy_with_logits(disc(real), ones)
+        return real_loss + F.binary_cross_entropy_with_logits(disc(gen(z)), zeros)
+
+    def g_loss(gen, disc, z):
+        return F.binary_cross_entropy_with_logits(disc(gen(z)), torch.ones(4, 1).double())
+
+    real, zs = data(4, 1, 8, 8).tanh(), [data(4, 8, 1, 1, seed=s) for s in range(3)]
+    gen, disc = ff.setup_model(rt, generator()), ff.setup_model(rt, discriminator())
+    opts = [ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1) for model in (gen, disc)]
+    d_grad, g_grad = ff.value_and_grad(rt, d_loss), ff.value_and_grad(rt, g_loss)
+    for z in zs:
+        _, grads = d_grad(disc, gen, z, real)
+        disc, opts[1] = ff.optimizer_step(rt, disc, opts[1], grads, donate=True)
+        _, grads = g_grad(gen, disc, z)
+        gen, opts[0] = ff.optimizer_step(rt, gen, opts[0], grads, donate=True)
+
+    # by hand, with the other player's statistics left alone, as a constant's are
+    g, d = generator(), discriminator()
+    g_opt, d_opt = torch.optim.SGD(g.parameters(), lr=0.1), torch.optim.SGD(d.parameters(), lr=0.1)
+
+    def constant(module):
+        buffers = {name: value.clone() for name, value in module.named_buffers()}
+        params = {name: value.detach() for name, value in module.named_parameters()}
+        return lambda x: functional_call(module, {**params, **buffers}, (x,))
+
+    for z in zs:
+        d_opt.zero_grad()
+        d_loss(d, constant(g), z, real).backward()
+        d_opt.step()
+        g_opt.zero_grad()
+        g_loss(g, constant(d), z).backward()
+        g_opt.step()
+    for model, module in ((gen, g), (disc, d)):
+        torch.testing.assert_close(dict(model.params), {n: p.detach() for n, p in module.named_parameters()})
+        torch.testing.assert_close(dict(model.buffers), dict(module.named_buffers()))
+
+
+def test_maml_second_order(rt):
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    xs, ys = data(2, 6, 4), data(2, 6, 1, seed=2)
+
+    def adapt(net, x, y):
+        params = dict(net.named_parameters())
+        inner = F.mse_loss(functional_call(net, params, (x,)), y)
+        grads = torch.autograd.grad(inner, list(params.values()), create_graph=True)
+        fast = {name: p - 0.1 * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        return F.mse_loss(functional_call(net, fast, (x + 1,)), y)
+
+    def outer(net, xs, ys):
+        return sum(adapt(net, x, y) for x, y in zip(xs, ys, strict=True))
+
+    model = ff.setup_model(rt, module)
+    loss, grads = ff.value_and_grad(rt, outer)(model, xs, ys)
+    expected = outer(module, xs, ys)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for name, param in module.named_parameters():
+        torch.testing.assert_close(grads.params[name], param.grad, rtol=0, atol=1e-12)
+
+
+def test_gradient_penalty(rt):
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def penalised(net, x):
+        x = x.clone().requires_grad_()
+        out = net(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return out.mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    _, grads = ff.value_and_grad(rt, penalised)(ff.setup_model(rt, module), data(6, 4))
+    penalised(module, data(6, 4)).backward()
+    for name, param in module.named_parameters():
+        torch.testing.assert_close(grads.params[name], param.grad, rtol=0, atol=1e-12)
+
+
+def test_sam_takes_gradients_at_a_perturbed_model_and_steps_the_original(rt):
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    model = ff.setup_model(rt, module)
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
+    for _ in range(3):
+        _, ascent = grad_fn(model, data(6, 4))
+        _, norm = ff.clip_gradients(rt, ascent, max_norm=1e9)
+        step = ff.tree_map(lambda g, norm=norm: 0.05 * g / norm, ascent)
+        up = dataclasses.replace(model, params={n: p + step.params[n] for n, p in model.params.items()})
+        _, grads = grad_fn(up, data(6, 4))
+        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=True)
+    for _ in range(3):
+        module.zero_grad()
+        module(data(6, 4)).square().mean().backward()
+        steps = [p.grad.clone() for p in module.parameters()]
+        norm = torch.stack([s.norm() for s in steps]).norm()
+        with torch.no_grad():
+            old = [p.clone() for p in module.parameters()]
+            for p, s in zip(module.parameters(), steps, strict=True):
+                p.add_(0.05 * s / norm)
+        module.zero_grad()
+        module(data(6, 4)).square().mean().backward()
+        with torch.no_grad():
+            for p, o in zip(module.parameters(), old, strict=True):
+                p.copy_(o - 0.1 * p.grad)
+    for name, param in module.named_parameters():
+        torch.testing.assert_close(model.params[name], param.detach(), rtol=0, atol=1e-12)
+
+
+def test_several_models_in_one_loss(rt):
+    a, b = nn.Linear(4, 3).double(), nn.Linear(3, 1).double()
+    models = {"a": ff.setup_model(rt, a), "b": [ff.setup_model(rt, b)]}
+
+    def chained(nets, x):
+        return nets["b"][0](nets["a"](x)).square().mean()
+
+    _, grads = ff.value_and_grad(rt, chained)(models, data(6, 4))
+    b(a(data(6, 4))).square().mean().backward()
+    torch.testing.assert_close(grads["a"].params["weight"], a.weight.grad)
+    torch.testing.assert_close(grads["b"][0].params["weight"], b.weight.grad)
+
+
+def test_constants_are_found_anywhere_in_the_arguments(rt):
+    student, teacher = ff.setup_model(rt, nn.Linear(4, 3)), ff.setup_model(rt, nn.Linear(4, 3))
+
+    def distil(net, x, *, others):
+        teacher = others["list"][0]
+        assert not any(param.requires_grad for param in teacher.parameters())
+        return (net(x) - teacher(x)).square().mean()
+
+    loss, _ = ff.value_and_grad(rt, distil)(student, data(6, 4), others={"list": [teacher, 3]})
+    assert loss > 0
+    assert ff.apply(rt, student, teacher, data(6, 4), method=lambda a, b, x: a(x) - b(x)).shape == (6, 3)
+
+
+@pytest.mark.parametrize("compile", [True, {"backend": "eager"}])
+def test_compiled_models_keep_names_and_are_not_compiled_again_by_other_values(compile):
+    rt = runtime("single", "32-true")
+    counts = torch._dynamo.utils.counters
+    compile = {"backend": "aot_eager"} if compile is True else compile
+    model = ff.setup_model(rt, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), compile=compile)
+    assert "0.weight" in model.params
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
+    x = data(6, 4).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        grad_fn(model, x)
+        before = counts["stats"]["unique_graphs"]
+        for factor in (2.0, 3.0, 4.0):
+            scaled = ff.map_params(lambda a, factor=factor: factor * a, model)
+            _, grads = grad_fn(scaled, x)
+        assert counts["stats"]["unique_graphs"] == before > 0
+    plain = ff.to_module(rt, scaled)
+    plain(x).square().mean().backward()
+    torch.testing.assert_close(grads.params["0.weight"], plain[0].weight.grad)
+
+
+def test_a_compiled_module_is_unwrapped_and_compiled_again():
+    rt = runtime("single", "32-true")
+    wrapped = torch.compile(nn.Linear(4, 1), backend="eager")
+    assert list(ff.setup_model(rt, wrapped).params) == ["weight", "bias"]
+
+
+# Errors that users meet
+
+
+def test_lazy_parameters_are_refused(rt):
+    with pytest.raises(ff.ModelError, match=r"uninitialised \(lazy\) parameters: weight"):
+        ff.setup_model(rt, nn.LazyLinear(3))
+
+
+def test_parameters_without_memory_are_refused(rt):
+    with torch.device("meta"):
+        module = nn.Linear(2, 2)
+    with pytest.raises(ff.ModelError, match="init_module"):
+        ff.setup_model(rt, module)
+
+
+def test_tensors_on_two_devices_are_named(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    with pytest.raises(RuntimeError) as caught:
+        ff.value_and_grad(rt, lambda net, batch: net(batch["x"]).mean())(model, {"x": torch.ones(2, 4, device="meta")})
+    assert "batch['x']" in str(caught.value.__notes__) or "0/0/x on meta" in str(caught.value.__notes__)
+
+
+def test_a_loss_must_be_a_scalar_and_depend_on_the_model(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    with pytest.raises(ff.GradientError, match=r"scalar tensor, found a tensor of shape \(6, 1\)"):
+        ff.value_and_grad(rt, lambda net: net(data(6, 4)))(model)
+    with pytest.raises(ff.GradientError, match="found <class 'float'>"):
+        ff.value_and_grad(rt, lambda net: 1.0)(model)
+    with pytest.raises(ff.GradientError, match="does not depend on any trainable parameter"):
+        ff.value_and_grad(rt, lambda net: data(6, 4).mean())(model)
+    with pytest.raises(ff.GradientError, match=r"must return \(loss, aux\)"):
+        ff.value_and_grad(rt, lambda net: net(data(6, 4)).mean(), has_aux=True)(model)
+
+
+def test_unused_parameters_are_named_or_allowed(rt):
+    model = ff.setup_model(rt, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    part = lambda net: net[0](data(6, 4)).mean()  # noqa: E731
+    with pytest.raises(ff.GradientError, match=r"2 parameters got no gradient: 1\.weight, 1\.bias"):
+        ff.value_and_grad(rt, part)(model)
+    _, grads = ff.value_and_grad(rt, part, allow_unused=True)(model)
+    assert grads.params["1.weight"] is None and grads.params["0.weight"] is not None
+    ff.value_and_grad(rt, lambda net: net(data(6, 4)).mean())(model)
+
+
+def test_exceptions_in_forward_and_backward_leave_a_whole_engine(rt):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ValueError("in backward")
+
+    model = ff.setup_model(rt, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)))
+    good = ff.value_and_grad(rt, lambda net: net(data(6, 4)).mean())
+    expected = good(model)[1]
+
+    def raising(net):
+        net(data(6, 4)).mean()
+        raise KeyError("in forward")
+
+    def late(net):
+        return net[1](Fails.apply(net[0](data(6, 4)))).mean()
+
+    for bad, kind in ((raising, KeyError), (late, ValueError)):
+        with pytest.raises(kind):
+            ff.value_and_grad(rt, bad)(model)
+        for a, b in zip(good(model)[1].params.values(), expected.params.values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_gradients_are_for_models_only(rt):
+    with pytest.raises(ff.ConfigurationError, match=r"found Linear.*setup_model"):
+        ff.value_and_grad(rt, lambda net: net)(nn.Linear(1, 1))
+    with pytest.raises(ff.ConfigurationError, match="no micro-batch"):
+        ff.accumulate(rt, loss_fn)(ff.setup_model(rt, fresh()), [])
+    with pytest.raises(ff.ConfigurationError, match='"rank0", "mean" and "local"'):
+        ff.value_and_grad(rt, loss_fn, buffers="max")
+
+
+def test_weights_that_sum_to_zero_are_refused(rt):
+    with pytest.raises(ff.GradientError, match="sum to zero"):
+        ff.value_and_grad(rt, lambda net, x: (net(x).sum(), 0), weighted=True)(
+            ff.setup_model(rt, nn.Linear(4, 1)), data(2, 4)
+        )
+
+
+def test_a_step_with_another_models_gradients_is_refused(rt):
+    model, other = ff.setup_model(rt, nn.Linear(4, 1)), ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    _, grads = ff.value_and_grad(rt, lambda net, x: net(x).mean())(other, data(2, 4))
+    with pytest.raises(ff.GradientError, match="belong to another model"):
+        ff.optimizer_step(rt, model, opt, grads)
+
+
+def test_a_persistent_buffer_that_changes_its_shape_is_refused(rt):
+    class Grows(nn.Linear):
+        def forward(self, x):
+            self.cache = torch.cat([self.cache, x.detach()])
+            return super().forward(x)
+
+    module = Grows(4, 1)
+    module.register_buffer("cache", torch.zeros(0, 4))
+    with pytest.raises(ff.ModelError, match="persistent=False"):
+        ff.value_and_grad(rt, lambda net, x: net(x).mean())(ff.setup_model(rt, module), data(2, 4))
+
+
+def test_torch_func_over_apply():
+    rt = runtime("functional")
+    module = nn.Linear(4, 1).double()
+    model = ff.setup_model(rt, module)
+    x = data(6, 4)
+    slope = torch.func.grad(lambda m, x: ff.apply(rt, m, x).square().mean())(model, x)
+    module(x).square().mean().backward()
+    torch.testing.assert_close(slope.params["weight"], module.weight.grad)
+    stacked = ff.tree_map(lambda leaf: torch.stack([leaf, 2 * leaf]), model)
+    out = torch.func.vmap(lambda m: ff.apply(rt, m, x))(stacked)
+    torch.testing.assert_close(out[0], module(x))
+    with pytest.raises(ff.CapabilityError, match=r"torch\.func"):
+        torch.func.vmap(lambda x: ff.value_and_grad(rt, lambda net, x: net(x).mean())(model, x)[0])(x)
+
+
+def test_torch_func_over_an_engine_with_hooks_is_refused():
+    rt = runtime("ddp")
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    with pytest.raises(ff.CapabilityError, match='strategy="functional"'):
+        torch.func.grad(lambda m, x: ff.apply(rt, m, x).mean())(model, data(6, 4))

@@ -1,0 +1,386 @@
+"""The laws of DESIGN section 5 over the table of strategies, and the laws themselves: each must be able to fail."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
+
+import fabricfn as ff
+from fabricfn import testing
+from fabricfn.testing import cases
+
+# A further strategy is a further row: everything below is held by it.
+STRATEGIES = {
+    "functional": ff.strategies.functional(),
+    "ddp": ff.strategies.ddp(),
+    "ddp, many buckets": ff.strategies.ddp(bucket_cap_mb=0.0001),
+    "ddp, bucket views": ff.strategies.ddp(gradient_as_bucket_view=True),
+    "ddp, unused": ff.strategies.ddp(find_unused_parameters=True),
+    "ddp, static graph": ff.strategies.ddp(static_graph=True),
+}
+ROWS = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+
+
+def few(examples):
+    """The same examples in every run; each is a whole training on several ranks."""
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with testing.threads(4) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with testing.processes(2) as world:
+        yield world
+
+
+def problem(kind, width=5, depth=2, rows=23):
+    module, x_shape, y_shape = cases.build(kind, width, depth)
+    x, y = (cases.filled((rows, *shape), torch.float64, seed) for seed, shape in enumerate((x_shape, y_shape)))
+    return cases.initialised(module, 7), cases.mean_square, (x, y)
+
+
+def loop(kind="mlp", **options):
+    return testing.training_loop(*problem(kind), **{"lr": 0.1, "momentum": 0.9, **options})
+
+
+# 1-4, 6: training
+
+
+@ROWS
+def test_the_whole_table(ranks, strategy):
+    laws = ("purity", "equivalence", "donation", "accumulation", "resume")
+    train = loop(batch_size=17)
+    done = testing.check(train, laws, strategies=(strategy,), world_sizes=(1, 2, 3, 4), ranks=ranks)
+    assert done == {"purity": 20, "equivalence": 30, "donation": 10, "accumulation": 30, "resume": 40}
+
+
+@ROWS
+@given(data=st.data())
+@few(12)
+def test_equivalence_for_any_module(ranks, strategy, data):
+    case, size, number = data.draw(cases.problems()), data.draw(cases.world_sizes()), data.draw(cases.accumulations())
+    train = testing.training_loop(case.module, case.loss_fn, case.batch, momentum=0.9, lr=0.05)
+    testing.check_equivalence(
+        train, accumulation=(number,), strategies=(strategy,), world_sizes=(size,), ranks=ranks, seed=size
+    )
+
+
+@ROWS
+@pytest.mark.parametrize("buffers", ["rank0", "mean"])
+def test_batch_statistics_are_pure_equal_on_all_ranks_and_resumed(ranks, strategy, buffers):
+    train = loop("norm", buffers=buffers)
+    testing.check(train, ("purity", "donation", "resume"), strategies=(strategy,), world_sizes=(3,), ranks=ranks)
+    first, *others = ranks.run(train, strategy=strategy, precision="64-true")
+    for other in others:
+        assert testing.difference(other, first) is None
+    assert first["buffers"]["1.num_batches_tracked"].item() == 3
+
+
+@ROWS
+def test_adam_obeys_the_laws_that_hold_bit_for_bit(ranks, strategy):
+    train = testing.training_loop(*problem("tied"), torch.optim.AdamW, lr=1e-2, betas=(0.8, 0.9))
+    laws = ("purity", "donation", "checkpoint")
+    testing.check(train, laws, strategies=(strategy,), world_sizes=(1, 2), ranks=ranks)
+
+
+def test_one_step_is_pure_and_leaves_its_inputs(ranks):
+    module, loss_fn, batch = problem("tied")
+
+    def make(rt):
+        model = ff.setup_model(rt, module)
+        return model, ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=1e-3), batch
+
+    def step(rt, model, opt, batch):
+        loss, grads = ff.value_and_grad(rt, loss_fn)(model, *batch)
+        return loss, grads, ff.optimizer_step(rt, model, opt, grads)
+
+    assert testing.check_purity(step, make, ranks=ranks) == 2 * (1 + 10 + 10)
+
+
+# 5: checkpoints
+
+
+def test_checkpoints_between_all_strategies_and_world_sizes(ranks):
+    module, _, _ = problem("tied")
+
+    def make(rt):
+        model = ff.setup_model(rt, module)
+        opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=1e-3)
+        ema = ff.map_params(lambda value: value / 2, model)
+        _, grads = ff.value_and_grad(rt, lambda net: net(torch.ones(2, 5)).sum())(model)
+        model, opt = ff.optimizer_step(rt, model, opt, grads)
+        return {"nets": (model, ema), "opt": opt, "at": ff.Cursor(epoch=3, index=5), "plain": [0.1, 1, True, "x"]}
+
+    assert testing.check_checkpoint(make, ranks=ranks) == 9 * (1 + 10 + 10)
+
+
+@given(tree=cases.trees())
+@few(40)
+def test_checkpoints_of_any_tree(ranks, tree):
+    testing.check_checkpoint(lambda rt: {"tree": tree}, ranks=ranks, world_sizes=(1, 3), strategies=("functional",))
+
+
+# 7: data
+
+
+@pytest.mark.filterwarnings("ignore::fabricfn.errors.UnevenBatchesWarning")
+@given(data=st.data())
+@few(25)
+def test_data_come_exactly_once_in_an_order_of_their_own(ranks, data):
+    size, batch_size = data.draw(st.integers(4, 40)), data.draw(st.integers(1, 5))
+    shuffle = data.draw(st.booleans())
+
+    def load(rt, epoch):
+        loader = DataLoader(range(size), batch_size=batch_size, shuffle=shuffle)
+        return ff.batches(rt, ff.setup_dataloader(rt, loader), epoch)
+
+    testing.check_data(load, range(size), ranks=ranks)
+
+
+# 8: collectives
+
+
+def test_collectives_and_to_device_keep_trees(ranks):
+    def make(rank, world_size):
+        shared = torch.arange(3.0) + rank
+        return {"a": [shared, shared], "n": torch.tensor([rank, 7]), "b": (torch.ones(2, 2, dtype=torch.bfloat16),)}
+
+    def total(trees):
+        return ff.tree_map(lambda *leaves: torch.stack(leaves).sum(0, dtype=leaves[0].dtype), *trees)
+
+    for fn, oracle in (
+        (lambda rt, tree: ff.all_reduce(rt, tree, op="sum"), total),
+        (ff.broadcast, lambda trees: trees[0]),
+        (ff.to_device, None),
+    ):
+        assert testing.check_collectives(fn, make, oracle, ranks=ranks) == 10
+
+
+# The truth: real processes
+
+
+def test_the_laws_hold_in_processes_too(processes):
+    done = testing.check(loop(), ranks=processes, strategies=("functional", "ddp"), world_sizes=(2,))
+    assert set(done) == set(testing.LAWS)
+
+
+def test_dropout_is_pure_and_resumed_in_processes(processes):
+    module = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+    train = testing.training_loop(cases.initialised(module, 0), cases.mean_square, problem("mlp")[2])
+    laws = ("purity", "donation", "resume")
+    testing.check(train, laws, ranks=processes, strategies=("functional", "ddp"), world_sizes=(2,))
+
+
+# A loop of the user's own, and what the door says of it
+
+
+def own_loop(rt):
+    module, loss_fn, (x, y) = problem("layernorm", rows=24)
+    model = ff.setup_model(rt, module)
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    grad_fn = ff.value_and_grad(rt, loss_fn)
+    for _ in range(2):
+        _, grads = grad_fn(model, x.chunk(rt.world_size)[rt.rank], y.chunk(rt.world_size)[rt.rank])
+        grads, norm = ff.clip_gradients(rt, grads, max_norm=0.1)
+        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=True)
+    return {"params": ff.gather_params(rt, model), "norm": norm, "steps": opt.step}
+
+
+def test_an_own_loop_is_checked_as_far_as_its_keywords_go(ranks):
+    done = testing.check(own_loop, ranks=ranks, world_sizes=(1, 2, 3))
+    assert done == {"purity": 26, "equivalence": 13, "checkpoint": 91}
+    with pytest.raises(ff.errors.ConfigurationError, match="does not take donate"):
+        testing.check(own_loop, ("donation",), ranks=ranks)
+    with pytest.raises(ff.errors.ConfigurationError, match="no law 'speed'; there are purity, equivalence"):
+        testing.check(own_loop, ("speed",), ranks=ranks)
+    with pytest.raises(ff.errors.ConfigurationError, match="none of strategies"):
+        testing.check(own_loop, ranks=ranks, strategies=("single",), world_sizes=(2,))
+
+
+# Each law can fail, and says where
+
+
+def unsynchronised(rt, *, accumulation=1):
+    module, loss_fn, batch = problem("mlp", rows=24)
+    rows = torch.arange(24).chunk(rt.world_size)[rt.rank]
+    loss_fn(module := ff.to_module(rt, ff.setup_model(rt, module)), *(part[rows] for part in batch)).backward()
+    return {"grads": {name: parameter.grad * accumulation for name, parameter in module.named_parameters()}}
+
+
+def test_equivalence_fails_where_gradients_are_not_synchronised(ranks):
+    message = (
+        r"law of equivalence is broken under strategy 'ddp' on 2 ranks, rank 0, accumulation 1: grads/\S+ differs by up"
+        r" to 0\.\d+ \(.*\); expected a tolerance of 1e-11, compared with single on the whole batch"
+    )
+    with pytest.raises(AssertionError, match=message):
+        testing.check_equivalence(unsynchronised, strategies=("ddp",), world_sizes=(2,), ranks=ranks)
+
+
+def test_accumulation_fails_where_micro_batches_are_summed(ranks):
+    with pytest.raises(AssertionError, match=r"law of accumulation .* on 1 rank, rank 0, accumulation 2: grads/"):
+        testing.check_accumulation(unsynchronised, ranks=ranks)
+
+
+def test_purity_fails_on_hidden_state_and_on_changed_inputs(ranks):
+    calls = iter(range(100))
+    with pytest.raises(AssertionError, match="law of purity .* rank 0: count differs by up to 1 "):
+        testing.check_purity(lambda rt: {"count": next(calls)}, ranks=ranks, world_sizes=(1,))
+
+    def step(rt, tree):
+        return tree["w"].add_(tree["w"] * 0).neg() if rt.rank == 0 else tree["w"].mul_(2).neg() * 0
+
+    with pytest.raises(AssertionError, match=r"on 2 ranks, rank 1: the function changed its input at 0/w by up to 3"):
+        testing.check_purity(step, lambda rt: ({"w": torch.ones(2)},), ranks=ranks, world_sizes=(2,))
+
+
+def test_donation_fails_where_it_changes_a_bit(ranks):
+    def train(rt, donate=False):
+        return {"zero": torch.zeros(2) * (-1 if donate else 1)}
+
+    with pytest.raises(AssertionError, match=r"law of donation .*: zero differs by up to 0 \(-0.0 instead of 0.0"):
+        testing.check_donation(train, ranks=ranks)
+
+
+def test_checkpoint_fails_where_ranks_hold_different_values(ranks):
+    def make(rt):
+        return {name: torch.full((4,), float(rt.rank)) for name in "ab"}
+
+    with pytest.raises(
+        AssertionError, match=r"law of checkpoints .*: [ab] differs by up to 1 .* what strategy 'ddp' on 2"
+    ):
+        testing.check_checkpoint(make, ranks=ranks, world_sizes=(2,), strategies=("ddp",))
+
+
+def test_resume_fails_where_state_is_lost(ranks):
+    right = loop()
+
+    def forgets(rt, *, folder=None, stop=None):
+        """Goes on from the parameters, but starts the momentum anew."""
+        result = right(rt, folder=folder, stop=stop)
+        if folder is not None and stop is None:
+            model = ff.setup_model(rt, problem("mlp")[0])
+            opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1, momentum=0.9)
+            model = ff.load(rt, f"{folder}/last", like={"model": model})["model"]
+            _, grads = ff.value_and_grad(rt, cases.mean_square)(model, *problem("mlp")[2])
+            model, _ = ff.optimizer_step(rt, model, opt, grads)
+            return {**result, "params": ff.gather_params(rt, model)}
+        return result
+
+    with pytest.raises(
+        AssertionError, match=r"law of resume .* for 1 steps, then .*: params/.* compared with no inter"
+    ):
+        testing.check_resume(forgets, ranks=ranks, strategies=("functional",), world_sizes=(1,))
+    with pytest.raises(AssertionError, match="saved nothing"):
+        testing.check_resume(lambda rt, folder=None, stop=None: {}, ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("load", "match"),
+    [
+        (lambda rt, epoch: torch.arange(12).split(3), "0 samples never come, 12 too often, of 12"),
+        (lambda rt, epoch: torch.arange(rt.rank, 12, rt.world_size).split(2), "global order differs .* at row 1"),
+        (lambda rt, epoch: torch.arange(12).chunk(2)[rt.rank : 1].__iter__(), "different numbers of steps|never come"),
+        (lambda rt, epoch: [torch.arange(12)] * (rt.world_size - rt.rank), r"numbers of steps, \[2, 1\]"),
+    ],
+)
+def test_data_laws_fail(ranks, load, match):
+    with pytest.raises(AssertionError, match=match):
+        testing.check_data(load, range(12), ranks=ranks, world_sizes=(2,))
+
+
+def test_collective_laws_fail(ranks):
+    def make(rank, world_size):
+        shared = torch.ones(2) * (rank + 1)
+        return {"a": shared, "b": shared}
+
+    def in_place(rt, tree):
+        dist.all_reduce(tree["a"], group=rt.world.group)
+        return ff.tree_map(torch.clone, tree)
+
+    for fn, options, match in (
+        (in_place, {}, "2 ranks, rank 0: the input was changed at a: 3.0 instead of 1.0"),
+        (lambda rt, tree: [tree["a"], tree["b"]], {}, "the structure changed"),
+        (lambda rt, tree: ff.tree_map(torch.Tensor.double, tree), {}, "a was torch.float32 and is torch.float64"),
+        (lambda rt, tree: ff.tree_map(torch.clone, tree), {}, "tensors that were one are not one any more"),
+        (lambda rt, tree: tree, {"oracle": lambda trees: trees[1]}, r"rank 0: a differs by up to 1 \(1.0 instead of 2"),
+    ):
+        with pytest.raises(AssertionError, match=match):
+            testing.check_collectives(fn, make, ranks=ranks, world_sizes=(2,), **options)
+
+
+def test_differences_are_found_and_named():
+    nan, tensor = float("nan"), torch.tensor
+    same = [
+        (tensor([nan, 1.0]), tensor([nan, 1.0])),
+        ({"a": None, "b": [1, "x", nan]}, {"a": None, "b": [1, "x", nan]}),
+        (torch.ones(0, 3), torch.ones(0, 3)),
+    ]
+    for found, expected in same:
+        assert testing.difference(found, expected) is None
+        assert testing.difference(found, expected, 1e-3) is None
+    different = [
+        (tensor([nan]), tensor([1.0])),
+        (tensor([1]), tensor([1.0])),
+        (torch.ones(2), torch.ones(2, 1)),
+        ({"a": 1}, {"b": 1}),
+        ([1], (1,)),
+        (1, True),
+        (1.0, 2.0),
+        ("x", "y"),
+        (tensor([1.0, float("inf")]), tensor([1.0, 2.0])),
+    ]
+    for found, expected in different:
+        assert testing.difference(found, expected, 1e-3) is not None
+        assert testing.difference(found, expected) is not None
+    worst = testing.difference(
+        {"a": tensor([1.0, 2.0]), "b": tensor([5.0])}, {"a": tensor([1.0, 5.0]), "b": tensor([6.0])}
+    )
+    assert (worst.path, worst.largest) == ("a", 3.0)
+    assert testing.difference(tensor([1000.0]), tensor([1000.5]), 1e-3) is None
+
+
+# Cases
+
+
+@given(case=cases.problems(), total=st.integers(4, 20), parts=st.integers(1, 4), data=st.data())
+@few(25)
+def test_cases_are_what_they_say(case, total, parts, data):
+    x, y = case.batch
+    assert len(x) == len(y) >= 16
+    assert case.loss_fn(case.module, x, y).dtype is torch.float64
+    sizes = data.draw(cases.splits(total, parts))
+    assert (len(sizes), sum(sizes)) == (parts, total)
+    assert min(sizes) > 0
+
+
+def test_cases_leave_the_global_generators_alone():
+    state = torch.get_rng_state()
+    first, again = (cases.filled((3,), torch.float64, 5) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_hypothesis_only_cases_are_missing():
+    code = """if True:
+        import sys
+        sys.modules["hypothesis"] = None
+        from fabricfn import testing
+        assert testing.run(lambda rt: rt.rank) == [0, 1]
+        try:
+            import fabricfn.testing.cases
+        except ImportError as error:
+            assert "fabricfn[testing]" in str(error), error
+        else:
+            raise SystemExit("cases were imported")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,148 @@
+"""Precision: names, what is cast where, and what is left alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import fabricfn as ff
+from fabricfn.strategies import ddp, functional, single
+
+STRATEGIES = {"single": single, "functional": functional, "ddp": ddp}
+
+
+def runtime(precision, strategy="single"):
+    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(precision), strategy=STRATEGIES[strategy]())
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [(64, "64-true"), ("64", "64-true"), (32, "32-true"), ("32", "32-true"), ("bf16", "bf16-mixed")],
+)
+def test_aliases(name, same):
+    assert ff.Precision.parse(name) == ff.Precision.parse(same)
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ValueError, match=r"'8-bit' is unknown; there are 64-true, 32-true, bf16-true, bf16-mixed"):
+        ff.Precision.parse("8-bit")
+    for name in ("16", 16, "16-mixed", "16-true"):
+        with pytest.raises(ff.ConfigurationError, match="bf16-mixed"):
+            ff.Precision.parse(name)
+
+
+class Probe(nn.Module):
+    """Keeps what its forward saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(4.0))
+        self.seen = {}
+
+    def forward(self, x, *, labels, extra):
+        out = self.linear(x)
+        self.seen.update(x=x.dtype, labels=labels.dtype, extra=extra["z"].dtype, out=out.dtype)
+        return {"out": out, "labels": labels}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("precision", "params", "seen", "inside", "output"),
+    [
+        ("64-true", torch.float64, torch.float64, torch.float64, torch.float64),
+        ("32-true", torch.float32, torch.float32, torch.float32, torch.float32),
+        ("bf16-true", torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+        ("bf16-mixed", torch.float32, torch.float32, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_what_is_cast_where(strategy, precision, params, seen, inside, output):
+    rt = runtime(precision, strategy)
+    model = ff.setup_model(rt, Probe())
+    inputs = {"labels": torch.zeros(2, dtype=torch.long), "extra": {"z": torch.ones(2)}}
+    found = {}
+
+    def loss_fn(net, x):
+        result = net(x, **inputs)
+        found.update(net.seen, output=result["out"].dtype, kept=result["labels"].dtype)
+        return result["out"].float().square().mean()
+
+    _, grads = ff.value_and_grad(rt, loss_fn)(model, torch.ones(2, 4))
+    assert model.params["linear.weight"].dtype is grads.params["linear.weight"].dtype is params
+    assert model.buffers["table"].dtype is params
+    assert found == {
+        "x": seen, "labels": torch.long, "extra": seen, "out": inside, "output": output, "kept": torch.long,
+    }  # fmt: skip
+
+
+def test_doubles_meet_a_32_true_net():
+    rt = runtime("32-true")
+    model = ff.setup_model(rt, nn.Linear(4, 1).double())
+    assert ff.apply(rt, model, torch.ones(2, 4, dtype=torch.float64)).dtype is torch.float32
+
+
+def test_mixed_leaves_modules_and_inputs_alone():
+    rt = runtime("bf16-mixed")
+    model = ff.setup_model(rt, nn.Linear(4, 1).double())
+    assert model.params["weight"].dtype is torch.float64
+
+
+def test_the_whole_loss_function_is_under_autocast_and_not_after_it():
+    rt = runtime("bf16-mixed")
+    model = ff.setup_model(rt, nn.Linear(4, 4))
+
+    def loss_fn(net, x):
+        assert (x @ x.T).dtype is torch.bfloat16
+        return (net(x) @ x.T).float().mean()
+
+    ff.value_and_grad(rt, loss_fn)(model, torch.ones(2, 4))
+    assert (torch.ones(2, 4) @ torch.ones(4, 2)).dtype is torch.float32
+    with ff.autocast(rt):
+        assert (torch.ones(2, 4) @ torch.ones(4, 2)).dtype is torch.bfloat16
+    with ff.autocast(runtime(32)):
+        assert (torch.ones(2, 4) @ torch.ones(4, 2)).dtype is torch.float32
+
+
+def test_a_step_inside_and_outside_of_the_weight_cache_agree():
+    """A stale cache of cast weights would make the second step see the first step's weights."""
+    rt = runtime("bf16-mixed")
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).float().square().mean())
+    scaled = ff.map_params(lambda a: 3 * a, model)
+    first, _ = grad_fn(model, torch.ones(2, 4))
+    second, _ = grad_fn(scaled, torch.ones(2, 4))
+    torch.testing.assert_close(second, 9 * first, rtol=2e-2, atol=0)
+
+
+def test_a_record_of_ones_own():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def convert(module):
+        module.__class__ = Doubled
+        return module
+
+    precision = dataclasses.replace(ff.Precision.parse(64), convert=convert, output_dtype=torch.float32)
+    rt = runtime(precision)
+    module = nn.Linear(4, 1)
+    out = ff.apply(rt, ff.setup_model(rt, module), torch.ones(2, 4))
+    assert out.dtype is torch.float32 and type(module) is nn.Linear
+    torch.testing.assert_close(out, 2 * module(torch.ones(2, 4)))
+
+
+def test_init_module_makes_parameters_in_place_and_in_dtype():
+    made = []
+
+    def factory():
+        made.append(torch.get_default_dtype())
+        return nn.Linear(4, 1)
+
+    rt = runtime("bf16-true")
+    assert ff.init_module(rt, factory).weight.dtype is torch.bfloat16
+    assert ff.setup_model(rt, factory).params["weight"].dtype is torch.bfloat16
+    assert made == [torch.bfloat16] * 2 and torch.get_default_dtype() is torch.float32
+    with pytest.raises(ZeroDivisionError):
+        ff.init_module(rt, lambda: 1 / 0)
+    assert torch.get_default_dtype() is torch.float32
