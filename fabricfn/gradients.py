@@ -1,51 +1,22 @@
-"""Gradients: the unit of synchronisation is the user's loss function, whatever it computes with its nets.
+"""Gradients and values of loss functions: the unit of synchronisation is the loss function, whatever it computes.
 
-[Note: one run] Bind the models, call the loss function inside the strategy's forward, `backward`, take the gradients
-away, all in one call. Nothing that could be bound to other values keeps a graph afterwards.
+How a call runs is in `runs.py`; what a loss function may return, in `losses.py`.
 """
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from types import MappingProxyType
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from fabricfn import flat
-from fabricfn.binding import acquire, bind_constants, changed_buffers, explain_devices, release, transforming
+from fabricfn.binding import bind_constants, explain_devices, release
 from fabricfn.engine import Frame
-from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
-from fabricfn.model import autocast
+from fabricfn.errors import ConfigurationError
+from fabricfn.losses import Buffers, Job, Sums, collect, finish
+from fabricfn.precision import autocast_of
 from fabricfn.random import Key, fold_in, seeded
-from fabricfn.records import Grads, Model
+from fabricfn.runs import differentiate, one_ahead
 from fabricfn.runtimes import Runtime
-from fabricfn.tree import tree_flatten, tree_map, tree_unflatten
-from fabricfn.world import World
-
-Buffers = Literal["rank0", "mean", "local"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What `value_and_grad` and its siblings were asked for."""
-
-    loss_fn: Callable[..., Any]
-    has_aux: bool
-    weighted: bool
-    allow_unused: bool = False
-    buffers: Buffers = "rank0"
-
-
-@dataclasses.dataclass(slots=True)
-class Sums:
-    """The results of the micro-batches so far."""
-
-    loss: Any = 0
-    weight: Any = 0
-    count: int = 0
-    aux: list[Any] = dataclasses.field(default_factory=list[Any])
 
 
 def value_and_grad(
@@ -98,7 +69,7 @@ def value_and_grad(
     def grad_fn(models: Any, *args: Any, rng: Key | None = None, **kwargs: Any) -> tuple[Any, Any]:
         key = None if rng is None else (rng, rt.rank)
         loss, aux, grads = differentiate(rt, job, models, ((args, kwargs, True),), key)
-        return ((loss, aux[0]) if has_aux else loss), grads
+        return (loss if aux is None else (loss, aux[0])), grads
 
     return grad_fn
 
@@ -141,7 +112,7 @@ def accumulate(
             microbatches = list(microbatches)
             key = (rng, rt.rank * len(microbatches))
         loss, aux, grads = differentiate(rt, job, models, one_ahead(microbatches), key)
-        return ((loss, aux) if has_aux else loss), grads
+        return (loss if aux is None else (loss, aux)), grads
 
     return grad_fn
 
@@ -173,7 +144,8 @@ def value(
         sums = Sums()
         try:
             nets, values, options = bind_constants((models, args, kwargs), frames)
-            with torch.no_grad(), autocast(rt), seeding(rt, None if rng is None else (rng, rt.rank), 0):
+            seed = contextlib.nullcontext() if rng is None else seeded(fold_in(rng, rt.rank), rt.device)
+            with torch.no_grad(), autocast_of(rt.precision, rt.device), seed:
                 collect(job, sums, loss_fn(nets, *values, **options))
         except RuntimeError as error:
             explain_devices(error, rt.device, (args, kwargs))
@@ -182,7 +154,7 @@ def value(
             for frame in frames:
                 release(frame)
         loss, _ = finish(job, sums, rt.world)
-        return (loss, sums.aux[0]) if has_aux else loss
+        return loss if sums.aux is None else (loss, sums.aux[0])
 
     return value_fn
 
@@ -196,201 +168,3 @@ def checked(
     if allow_unused and rt.world.group is not None:
         rt.strategy.check_unused()
     return Job(loss_fn=loss_fn, has_aux=has_aux, weighted=weighted, allow_unused=allow_unused, buffers=buffers)
-
-
-def differentiate(
-    rt: Runtime,
-    job: Job,
-    models: Any,
-    microbatches: Iterable[tuple[Any, Any, bool]],
-    rng: tuple[Key, int] | None,
-) -> tuple[Any, list[Any], Any]:
-    """(loss, aux of each micro-batch, grads); see [Note: one run]."""
-    if transforming():
-        raise CapabilityError(
-            "value_and_grad computes gradients by itself and cannot run inside a torch.func transform. Use torch.func"
-            ' over ff.apply with strategy="single" or "functional".'
-        )
-    leaves, spec = ([models], None) if type(models) is Model else flatten_models(models)
-    frames: list[Frame] = []
-    sums = Sums()
-    try:
-        for model in leaves:
-            frames.append(acquire(model, frozen=False))
-        try:
-            for args, kwargs, sync in microbatches:
-                run_one(rt, job, frames, spec, (args, kwargs), sync, rng, sums)
-            if not sums.count:
-                raise ConfigurationError("accumulate got no micro-batch; every rank needs at least one.")
-            taken = rt.strategy.gradients(frames, rt.world, allow_unused=job.allow_unused)
-        except BaseException:
-            for frame in frames:
-                abandon(frame)
-            raise
-        loss, factor = finish(job, sums, rt.world)
-        if factor is not None:
-            scale(taken, factor)
-        changed = [changed_buffers(*pair) if pair[0].places else {} for pair in zip(frames, leaves, strict=True)]
-    finally:
-        for frame in frames:
-            release(frame)
-    if rt.world.group is not None and job.buffers != "local":
-        changed = agreed(changed, job.buffers, rt.world)
-    grads = [
-        Grads(
-            params=MappingProxyType(dict(zip(frame.names, new, strict=True))), new_buffers=kept or None, ref=model.ref
-        )
-        for model, frame, new, kept in zip(leaves, frames, taken, changed, strict=True)
-    ]
-    return loss, sums.aux, grads[0] if spec is None else tree_unflatten(spec, grads)
-
-
-def run_one(
-    rt: Runtime,
-    job: Job,
-    frames: list[Frame],
-    spec: Any,
-    inputs: tuple[Any, Any],
-    sync: bool,
-    rng: tuple[Key, int] | None,
-    sums: Sums,
-) -> None:
-    """Forward and backward of one micro-batch."""
-    constants: list[Frame] = []
-    try:
-        args, kwargs = inputs
-        args = bind_constants(args, constants)
-        if kwargs:
-            kwargs = bind_constants(kwargs, constants)
-
-        def call(*nets: Any) -> Any:
-            return job.loss_fn(nets[0] if spec is None else tree_unflatten(spec, nets), *args, **kwargs)
-
-        with seeding(rt, rng, sums.count):
-            with autocast(rt):
-                result = rt.strategy.forward(frames, call, sync=sync, loss_fn=job.loss_fn)
-            loss = collect(job, sums, result)
-            if not loss.requires_grad:
-                raise GradientError("the loss does not depend on any trainable parameter of the models.")
-            rt.strategy.backward(frames, loss)
-    except RuntimeError as error:
-        explain_devices(error, rt.device, inputs)
-        raise
-    finally:
-        for frame in constants:
-            release(frame)
-
-
-def collect(job: Job, sums: Sums, result: Any) -> torch.Tensor:
-    """Add the result of one call of the loss function to the sums; the loss itself, with its graph."""
-    aux: Any = None
-    if job.has_aux:
-        result, aux = unpacked(result, "has_aux=True", "(loss, aux)")
-        sums.aux.append(tree_map(detached, aux))
-    if job.weighted:
-        result, weight = unpacked(result, "weighted=True", "(loss_sum, weight)")
-        sums.weight = sums.weight + detached(weight)
-    if not isinstance(result, torch.Tensor) or result.dim() != 0:
-        shape: Any = getattr(result, "shape", None)
-        found = f"{cast('object', type(result))}" if shape is None else f"a tensor of shape {tuple(shape)}"
-        raise GradientError(
-            f"loss_fn must return a scalar tensor, found {found}. Reduce it, for instance with .mean(); for a pair"
-            " write has_aux=True or weighted=True."
-        )
-    sums.count += 1
-    sums.loss = result.detach() if sums.count == 1 else sums.loss + result.detach()
-    return result
-
-
-def detached(leaf: Any) -> Any:
-    """A tensor without its graph; anything else as it is."""
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def unpacked(result: Any, option: str, shape: str) -> tuple[Any, Any]:
-    """A pair that the loss function owes."""
-    try:
-        first, second = result
-    except (TypeError, ValueError):
-        raise GradientError(f"with {option} loss_fn must return {shape}, found {type(result)!r}.") from None
-    return first, second
-
-
-def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
-    """(loss, the factor that the mean over ranks of the summed gradients still lacks, None for 1)."""
-    if not job.weighted:
-        return (sums.loss, None) if sums.count == 1 else (sums.loss / sums.count, 1 / sums.count)
-    dtype = torch.float32 if world.device.type == "mps" else torch.float64
-    both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.device) for part in (sums.loss, sums.weight)])
-    if world.group is not None:
-        dist.all_reduce(both, group=world.group)
-    loss, weight = cast("list[float]", both.tolist())
-    if weight == 0:
-        raise GradientError("the weights of all ranks sum to zero, so the weighted mean does not exist.")
-    mean = torch.tensor(loss / weight, dtype=sums.loss.dtype if sums.loss.is_floating_point() else dtype)
-    return mean.to(world.device), world.world_size / weight
-
-
-def scale(taken: list[list[torch.Tensor | None]], factor: float) -> None:
-    """Multiply gradients that nobody else has seen yet, in place."""
-    present = [grad for grads in taken for grad in grads if grad is not None]
-    if present:
-        torch._foreach_mul_(present, factor)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def agreed(changed: list[dict[str, torch.Tensor]], buffers: Buffers, world: World) -> list[dict[str, torch.Tensor]]:
-    """The changed buffers, equal on all ranks: at most one flat collective for each kind."""
-    assert world.group is not None
-    tensors = [tensor for one in changed for tensor in one.values()]
-    averaged = [tensor for tensor in tensors if buffers == "mean" and tensor.is_floating_point()]
-    copied = [tensor for tensor in tensors if not (buffers == "mean" and tensor.is_floating_point())]
-    means = iter(flat.all_reduce_mean(averaged, world.group) if averaged else ())
-    copies = iter(flat.broadcast(copied, 0, world.group) if copied else ())
-    return [
-        {
-            name: next(means if buffers == "mean" and tensor.is_floating_point() else copies)
-            for name, tensor in one.items()
-        }
-        for one in changed
-    ]
-
-
-def flatten_models(models: Any) -> tuple[list[Model], Any]:
-    """The models of a tree and its structure."""
-    leaves, spec = tree_flatten(models, lambda node: type(node) is Model)
-    strangers = {type(leaf).__name__ for leaf in leaves if type(leaf) is not Model}
-    if strangers or not leaves:
-        found = ", ".join(sorted(strangers)) or "no leaf at all"
-        raise ConfigurationError(
-            f"gradients are for the first argument, which must be a Model or a tree of Models; found {found}. Make a"
-            " Model of a module with ff.setup_model(rt, module)."
-        )
-    return leaves, spec
-
-
-def abandon(frame: Frame) -> None:
-    """After an exception: no gradient stays behind, and an engine with state is made again before its next use."""
-    for slot in frame.slots:
-        slot.grad = None
-    frame.broken = frame.handle is not None
-
-
-def seeding(rt: Runtime, rng: tuple[Key, int] | None, index: int) -> contextlib.AbstractContextManager[Any]:
-    """The random state of micro-batch `index` of this rank."""
-    return contextlib.nullcontext() if rng is None else seeded(fold_in(rng[0], rng[1] + index), rt.device)
-
-
-def one_ahead(microbatches: Iterable[Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], bool]]:
-    """(args, kwargs, whether it is the last), reading one item ahead."""
-    iterator = iter(microbatches)
-    for current in iterator:
-        item = current
-        for following in iterator:
-            yield as_args(item), {}, False
-            item = following
-        yield as_args(item), {}, True
-
-
-def as_args(item: Any) -> tuple[Any, ...]:
-    """The arguments of one micro-batch."""
-    return tuple(cast("list[Any]", item)) if isinstance(item, (tuple, list)) else (item,)

@@ -21,6 +21,7 @@ from fabricfn.binding import (
 )
 from fabricfn.building import Compile, buffers_of, build, plain_copy
 from fabricfn.engine import named_modules
+from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
@@ -148,7 +149,7 @@ def apply(
             fn = net if method is None else getattr(net, method) if isinstance(method, str) else None
             return method(net, *values, **options) if callable(method) else fn(*values, **options)  # pyright: ignore[reportOptionalCall]
 
-        with autocast(rt), contextlib.nullcontext() if rng is None else seeded(rng, rt.device):
+        with autocast_of(rt.precision, rt.device), contextlib.nullcontext() if rng is None else seeded(rng, rt.device):
             if transform or (torch.is_grad_enabled() and needs_graph((args, kwargs))):
                 return call_with_values(frames[0], model, call)
             return call(frames[0].net)
@@ -166,10 +167,7 @@ def autocast(rt: Runtime) -> contextlib.AbstractContextManager[Any]:
     `value_and_grad`, `value` and `apply` enter it by themselves. Never hold it open across an optimizer step: its cache
     of cast weights would go stale.
     """
-    precision = rt.precision
-    if not precision.autocast:
-        return contextlib.nullcontext()
-    return torch.autocast(rt.device.type, precision.compute_dtype)
+    return autocast_of(rt.precision, rt.device)
 
 
 def map_models(f: Callable[[Model], Model], models: M) -> M:

@@ -1,5 +1,6 @@
 """Numeric precision as plain data: which dtype the parameters, the computation and the results have."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
@@ -65,6 +66,13 @@ NAMES: dict[str, Precision] = {
 }
 
 ALIASES = {"64": "64-true", "double": "64-true", "32": "32-true", "float": "32-true", "bf16": "bf16-mixed"}
+
+
+def autocast_of(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a "-mixed" precision computes; nothing happens under the others."""
+    if not precision.autocast:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, precision.compute_dtype)
 
 
 def cast_floating(tree: Any, dtype: torch.dtype) -> Any:

@@ -31,8 +31,8 @@ class Lease:
     """The mapping whose tensors this lease is for."""
     versions: tuple[int, ...] | None = None
     """Their version counters when the lease was made."""
-    spent: str | None = None
-    """Where the values were given away, as "file.py:12"; None while they are alive."""
+    spent: "Place | None" = None
+    """Where the values were given away; None while they are alive."""
     frames: Sequence[Frame] = ()
     """The frames whose slots point to these values now."""
 
@@ -45,8 +45,8 @@ class Lease:
         """Raise `DonatedError` when the values were given away, or changed by a record that shares them."""
         if self.spent is not None:
             raise DonatedError(
-                f"this {what} was given away with donate=True at {self.spent}; its memory now belongs to the result of"
-                " that call. Use that result, or call without donate=True."
+                f"this {what} was given away with donate=True at {shown(self.spent)}; its memory now belongs to the"
+                " result of that call. Use that result, or call without donate=True."
             )
         if self.values is not None and self.versions != versions_of(self.values.values()):
             raise DonatedError(
@@ -54,7 +54,7 @@ class Lease:
                 " in place. Copy before you give away: ff.tree_map(torch.clone, ...)."
             )
 
-    def spend(self, where: str) -> None:
+    def spend(self, where: "Place") -> None:
         """Mark the values as given away at `where`."""
         self.spent = where
 
@@ -71,12 +71,22 @@ def versions_of(values: Iterable[Any]) -> tuple[int, ...] | None:
         return None
 
 
-def caller() -> str:
-    """The place outside this package that is running now, as "train.py:12"."""
+Place = tuple[str, int]
+"""A file and a line; put into words only when somebody asks."""
+NOWHERE: Place = ("", 0)
+
+
+def shown(place: Place) -> str:
+    """As messages show it: "train.py:12"."""
+    return f"{place[0].rpartition('/')[2]}:{place[1]}"
+
+
+def caller() -> Place:
+    """The place outside this package that is running now."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fabricfn."):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 class Ref:
@@ -230,7 +240,7 @@ def renewed(model: Model, params: Mapping[str, torch.Tensor], new_buffers: Mappi
 def handed_on(
     model: Model,
     new_buffers: Mapping[str, torch.Tensor] | None,
-    where: str,
+    where: Place,
     updated: Sequence[torch.Tensor] | None = None,
 ) -> Model:
     """The model whose tensors were just updated in place; `model` is spent, and so is every record over its tensors.
@@ -244,9 +254,17 @@ def handed_on(
     old.spend(where)
     new = Lease(params)
     new.frames = old.frames
-    for frame in new.frames:
-        torch.autograd.graph.increment_version(frame.slots)
-        frame.owner = new
+    old.frames = ()
+    engine = model.ref.engine
+    for frame in () if engine is None else (*engine.frames, *engine.frozen):
+        owner = frame.owner
+        if owner is old:
+            torch.autograd.graph.increment_version(frame.slots)
+            frame.owner = new
+        elif owner is not None and owner.versions != versions_of((owner.values or {}).values()):
+            # another record over the same tensors is bound here: it must be found out, and its graphs must fail
+            torch.autograd.graph.increment_version(frame.slots)
+            owner.frames, frame.owner = (), None
     buffers = model.buffers if new_buffers is None else MappingProxyType({**model.buffers, **new_buffers})
     return Model(params=params, buffers=buffers, training=model.training, ref=model.ref, lease=new)
 

@@ -93,7 +93,38 @@ def _optimizer(store: Any, shared: Any, hyperparams: Any, step: int, plan: Plan)
     return Optimizer(store=store, shared=shared, hyperparams=frozen, step=step, plan=plan)
 
 
-_PLAIN = (bool, int, float, complex, str, bytes)
+class Counter:
+    """How many steps all parameters of a bucket have made: a number, at hand as the tensor that kernels read.
+
+    The tensors are made many at a time: adding 1 to a tensor at every step would cost as much as the kernel (CPU).
+    """
+
+    __slots__ = ("count", "device", "first", "tensors")
+
+    def __init__(self, count: int, device: torch.device, upcoming: tuple[int, Sequence[torch.Tensor]] | None = None):
+        self.count = count
+        self.device = device
+        if upcoming is None:
+            upcoming = count, torch.arange(count, count + 64, dtype=torch.float32, device=device).unbind()
+        self.first, self.tensors = upcoming
+
+    def tensor(self) -> torch.Tensor:
+        """The number as a 0-dim float32 tensor, not to be changed."""
+        return self.tensors[self.count - self.first]
+
+    def next(self) -> "Counter":
+        """The counter after one more step."""
+        at_hand = self.count + 1 - self.first < len(self.tensors)
+        return Counter(self.count + 1, self.device, (self.first, self.tensors) if at_hand else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Counter, (self.count, self.device))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Counter":
+        return self
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, Counter)
 
 
 def _flatten_optimizer(opt: Optimizer) -> tuple[Sequence[Any], Static, Sequence[str]]:

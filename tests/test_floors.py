@@ -20,9 +20,10 @@ FLOORS = (
     ("strategy",),  # what a strategy is
     ("strategies", "records"),  # the strategies; the values of training
     ("runtimes", "states"),  # where and how; the optimizer's values
+    ("losses",),  # what a loss function returns
     ("binding", "building", "feeds", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
-    ("starting", "model", "clipping", "optimizers", "data", "checkpoint", "reporting"),  # the verbs
-    ("gradients",),  # the verb that needs a model
+    ("runs",),  # one forward and backward pass
+    ("starting", "model", "gradients", "clipping", "optimizers", "data", "checkpoint", "reporting"),  # the verbs
     ("testing",),  # worlds, cases, laws
     ("__init__",),  # every public name
 )

@@ -281,3 +281,18 @@ def test_a_second_record_of_the_engine_is_not_answered_from_the_autocast_cache()
 
     ff.value_and_grad(rt, both)(model, zero, X.float())
     assert seen["student"].any() and not seen["teacher"].any()
+
+
+def test_an_alias_that_was_never_bound_is_donated_and_the_bound_original_finds_out(rt, model):
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    alias = optree.tree_map(lambda leaf: leaf, model)
+    _, grads = ff.value_and_grad(rt, loss_fn)(model)
+    new, _ = ff.optimizer_step(rt, alias, opt, grads, donate=True)
+    for use in (
+        lambda: ff.value_and_grad(rt, loss_fn)(model),
+        lambda: ff.optimizer_step(rt, model, opt, grads),
+        lambda: ff.apply(rt, model, X),
+    ):
+        with pytest.raises(ff.DonatedError):
+            use()
+    assert_right(rt, new)

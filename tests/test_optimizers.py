@@ -132,6 +132,17 @@ def test_every_class_has_its_own_bits(cls, options, donate):
     assert all(param.grad is None for param in model.params.values())
 
 
+def test_counters_go_on_beyond_those_at_hand():
+    module = net()
+    model = ff.setup_model(RT, module)
+    opt = ff.setup_optimizer(RT, model, torch.optim.AdamW, lr=0.01)
+    for first in (0, 50, 100):
+        model, opt = functionally(model, opt, steps=50, donate=True, first=first)
+        opt = pickle.loads(pickle.dumps(opt))
+    same(model, by_hand(torch.optim.AdamW(module.parameters(), lr=0.01, fused=True), module, steps=150))
+    assert {float(row["step"]) for row in opt.state.values()} == {150.0}
+
+
 def test_differentiable_goes_to_the_class_itself():
     model = ff.setup_model(RT, net())
     opts = [

@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from fabricfn.checkpoint.manifest import class_of
-from fabricfn.records import Grads, Lease, Model, handed_on
+from fabricfn.records import Grads, Lease, Model, Place, handed_on
 from fabricfn.states import Optimizer, optimizer_from_tree, optimizer_to_tree
 
 
-def _nothing(record: Any, where: str) -> None:
+def _nothing(record: Any, where: Place) -> None:
     """A record without a lease: nothing to give away."""
 
 
@@ -26,10 +26,10 @@ class Adapter:
     """The record's name in the manifest."""
     to_tree: Callable[[Any], Mapping[str, Any]]
     """record -> its fields, whose values are trees."""
-    from_tree: Callable[[Any, dict[str, Any], str | None], Any]
+    from_tree: Callable[[Any, dict[str, Any], Place | None], Any]
     """(template, fields, where) -> record. `where` is set when the template was given away there and its tensors were
     overwritten: then the fields hold those very tensors."""
-    claim: Callable[[Any, str], None] = _nothing
+    claim: Callable[[Any, Place], None] = _nothing
     """(record, where): spend its lease, before its tensors are overwritten."""
     free: frozenset[str] = frozenset()
     """The fields whose structure the checkpoint decides, not the template: state that grows while training."""
@@ -40,7 +40,7 @@ def _model_to_tree(model: Model) -> dict[str, Any]:
     return {"params": dict(model.params), "buffers": dict(model.buffers), "training": sorted(model.training)}
 
 
-def _model_from_tree(like: Model, fields: dict[str, Any], where: str | None) -> Model:
+def _model_from_tree(like: Model, fields: dict[str, Any], where: Place | None) -> Model:
     training = frozenset(fields["training"])
     if where is not None:
         return dataclasses.replace(handed_on(like, fields["buffers"], where), training=training)
@@ -53,16 +53,16 @@ def _grads_to_tree(grads: Grads) -> dict[str, Any]:
     return {"params": dict(grads.params), "new_buffers": None if new is None else dict(new)}
 
 
-def _grads_from_tree(like: Grads, fields: dict[str, Any], where: str | None) -> Grads:
+def _grads_from_tree(like: Grads, fields: dict[str, Any], where: Place | None) -> Grads:
     params = MappingProxyType(fields["params"])
     return dataclasses.replace(like, params=params, new_buffers=fields["new_buffers"], lease=Lease())
 
 
-def _optimizer_from_tree(like: Optimizer, fields: dict[str, Any], where: str | None) -> Optimizer:
+def _optimizer_from_tree(like: Optimizer, fields: dict[str, Any], where: Place | None) -> Optimizer:
     return optimizer_from_tree(like, fields)
 
 
-def _spend(record: Any, where: str) -> None:
+def _spend(record: Any, where: Place) -> None:
     record.lease.spend(where)
 
 
@@ -95,7 +95,7 @@ def _fields(record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.init}
 
 
-def _replaced(like: Any, fields: dict[str, Any], where: str | None) -> Any:
+def _replaced(like: Any, fields: dict[str, Any], where: Place | None) -> Any:
     return dataclasses.replace(like, **fields)
 
 
@@ -103,7 +103,7 @@ def _named(record: Any) -> dict[str, Any]:
     return dict(record._asdict())
 
 
-def _named_again(like: Any, fields: dict[str, Any], where: str | None) -> Any:
+def _named_again(like: Any, fields: dict[str, Any], where: Place | None) -> Any:
     return type(like)(**fields)
 
 

@@ -15,6 +15,7 @@ from fabricfn.checkpoint.arrays import identity
 from fabricfn.checkpoint.manifest import Leaf, Manifest, Node, class_of, path_text
 from fabricfn.checkpoint.matching import fits, leaf_of, leaf_text, node_text, unfillable
 from fabricfn.checkpoint.outline import MAPPINGS, Only, Path, leaf_paths, selector
+from fabricfn.records import Place
 
 Tree = Node | int | None
 
@@ -65,7 +66,9 @@ def built(build: Build, values: list[Any]) -> Any:
     return build.make([built(part, values) for part in build.parts])
 
 
-def fit(manifest: Manifest, tree: Tree, like: Any, *, only: Only, exact: bool, extras: bool, where: str | None) -> Fit:
+def fit(
+    manifest: Manifest, tree: Tree, like: Any, *, only: Only, exact: bool, extras: bool, where: Place | None
+) -> Fit:
     """Plan the load of `tree`, the selected part of the manifest's tree, into the shape of `like`.
 
     Args:
@@ -98,7 +101,7 @@ def _keep(value: Any) -> Build:
 class _Fitter:
     """Walks template and manifest side by side, and notes what it finds."""
 
-    def __init__(self, manifest: Manifest, only: Only, exact: bool, extras: bool, where: str | None) -> None:
+    def __init__(self, manifest: Manifest, only: Only, exact: bool, extras: bool, where: Place | None) -> None:
         self.leaves, self.exact, self.extras, self.where = manifest.leaves, exact, extras, where
         self.only, self.selected = only, selector(only)
         self.wants: list[Want] = []

@@ -17,7 +17,7 @@ from fabricfn.checkpoint.manifest import ARRAYS, Leaf, path_text, plain_value
 from fabricfn.checkpoint.opening import Source, opened
 from fabricfn.checkpoint.outline import Only, listing, nothing_selected, prune
 from fabricfn.errors import CheckpointError, MismatchError
-from fabricfn.records import caller
+from fabricfn.records import Place, caller
 from fabricfn.runtimes import Runtime
 
 READERS = 4
@@ -113,7 +113,7 @@ def _accepted(found: Fit, source: Source) -> Fit:
     return found
 
 
-def _read(rt: Runtime, source: Source, found: Fit, where: str | None, wrap: bool) -> Any:
+def _read(rt: Runtime, source: Source, found: Fit, where: Place | None, wrap: bool) -> Any:
     if where is not None:
         for adapter, record in found.claims:
             adapter.claim(record, where)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fabricfn.errors import ConfigurationError, ModelError
 from fabricfn.optimizers.kernels import clones
 from fabricfn.optimizers.layout import joined, mappings, parts, values_of
-from fabricfn.records import Grads, Model, caller, check_fit, handed_on, renewed
+from fabricfn.records import NOWHERE, Grads, Model, Place, caller, check_fit, handed_on, renewed
 from fabricfn.runtimes import Runtime
 from fabricfn.states import Optimizer, Plan, exposed
 
@@ -84,7 +84,7 @@ def optimizer_step(
     elif len({id(model.lease) for model in given}) < len(given):
         raise ModelError("the same Model stands twice in this tree; with donate=True it would be updated twice.")
     trial = None if closure is None else _Trial(plan, given, params, closure)
-    where = caller() if donate else ""
+    where = caller() if donate else NOWHERE
     try:
         store, shared, hyperparams = plan.advance(
             opt, params, gradients, hyperparams, donate, None if trial is None else trial.evaluate
@@ -215,12 +215,12 @@ class _Trial:
         return loss, gradients
 
 
-def _spend(models: Sequence[Model], opt: Optimizer, grads: Sequence[Grads], where: str) -> None:
+def _spend(models: Sequence[Model], opt: Optimizer, grads: Sequence[Grads], where: Place) -> None:
     for record in (*models, opt, *grads):
         record.lease.spend(where)
 
 
-def _give_away(opt: Optimizer, grads: Sequence[Grads], where: str, after: Optimizer) -> None:
+def _give_away(opt: Optimizer, grads: Sequence[Grads], where: Place, after: Optimizer) -> None:
     """Spend opt and grads. Where other records may hold the state's tensors, let them find out by the versions."""
     opt.lease.spend(where)
     for one in grads:

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fabricfn.engine import Box, Frame
 from fabricfn.errors import CapabilityError, ConfigurationError
-from fabricfn.strategies.single import backward as run_backward
-from fabricfn.strategies.single import gradients as take
+from fabricfn.strategies.single import backward as run_backward, gradients as take
 from fabricfn.strategy import Strategy, allowed
 from fabricfn.world import World
 

@@ -1,0 +1,85 @@
+"""What a loss function returns: checked, detached, summed over micro-batches, turned into a mean over ranks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+
+from fabricfn.errors import GradientError
+from fabricfn.tree import tree_map
+from fabricfn.world import World
+
+Buffers = Literal["rank0", "mean", "local"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What `value_and_grad` and its siblings were asked for."""
+
+    loss_fn: Callable[..., Any]
+    has_aux: bool
+    weighted: bool
+    allow_unused: bool = False
+    buffers: Buffers = "rank0"
+
+
+@dataclasses.dataclass(slots=True)
+class Sums:
+    """The results of the micro-batches so far."""
+
+    loss: Any = 0
+    weight: Any = 0
+    count: int = 0
+    aux: list[Any] | None = None
+
+
+def collect(job: Job, sums: Sums, result: Any) -> torch.Tensor:
+    """Add the result of one call of the loss function to the sums; the loss itself, with its graph."""
+    aux: Any = None
+    if job.has_aux:
+        result, aux = unpacked(result, "has_aux=True", "(loss, aux)")
+        sums.aux = [*(sums.aux or ()), tree_map(detached, aux)]
+    if job.weighted:
+        result, weight = unpacked(result, "weighted=True", "(loss_sum, weight)")
+        sums.weight = sums.weight + detached(weight)
+    if not isinstance(result, torch.Tensor) or result.dim() != 0:
+        shape: Any = getattr(result, "shape", None)
+        found = f"{cast('object', type(result))}" if shape is None else f"a tensor of shape {tuple(shape)}"
+        raise GradientError(
+            f"loss_fn must return a scalar tensor, found {found}. Reduce it, for instance with .mean(); for a pair"
+            " write has_aux=True or weighted=True."
+        )
+    sums.count += 1
+    sums.loss = result.detach() if sums.count == 1 else sums.loss + result.detach()
+    return result
+
+
+def detached(leaf: Any) -> Any:
+    """A tensor without its graph; anything else as it is."""
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def unpacked(result: Any, option: str, shape: str) -> tuple[Any, Any]:
+    """A pair that the loss function owes."""
+    try:
+        first, second = result
+    except (TypeError, ValueError):
+        raise GradientError(f"with {option} loss_fn must return {shape}, found {type(result)!r}.") from None
+    return first, second
+
+
+def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
+    """(loss, the factor that the mean over ranks of the summed gradients still lacks, None for 1)."""
+    if not job.weighted:
+        return (sums.loss, None) if sums.count == 1 else (sums.loss / sums.count, 1 / sums.count)
+    dtype = torch.float32 if world.device.type == "mps" else torch.float64
+    both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.device) for part in (sums.loss, sums.weight)])
+    if world.group is not None:
+        dist.all_reduce(both, group=world.group)
+    loss, weight = cast("list[float]", both.tolist())
+    if weight == 0:
+        raise GradientError("the weights of all ranks sum to zero, so the weighted mean does not exist.")
+    mean = torch.tensor(loss / weight, dtype=sums.loss.dtype if sums.loss.is_floating_point() else dtype)
+    return mean.to(world.device), world.world_size / weight
