@@ -12,7 +12,7 @@ from fabricfn.errors import ModelError
 from fabricfn.records import Model
 from fabricfn.tree import path_name, tree_leaves, tree_paths
 
-_transforms = cast("Callable[[], Any]", torch._C._functorch.peek_interpreter_stack)  # pyright: ignore
+_transforms = cast("Callable[[], bool]", torch._C._are_functorch_transforms_active)  # pyright: ignore
 
 
 def engine_of(model: Model) -> Engine:
@@ -177,7 +177,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def transforming() -> bool:
     """Whether a `torch.func` transform (grad, vmap, jvp) is under way."""
-    return _transforms() is not None
+    return _transforms()
 
 
 def call_with_values(frame: Frame, model: Model, fn: Any) -> Any:

@@ -22,6 +22,8 @@ from fabricfn.errors import DonatedError, GradientError
 from fabricfn.tree import register
 
 _version = operator.attrgetter("_version")
+increment_version = torch._C._increment_version
+"""What `torch.autograd.graph.increment_version` calls."""
 
 
 class Lease:
@@ -82,10 +84,8 @@ def shown(place: Place) -> str:
 
 
 def caller() -> Place:
-    """The place outside this package that is running now."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fabricfn."):
-        frame = frame.f_back
+    """Where the function that calls this was called."""
+    frame = sys._getframe(2)
     return frame.f_code.co_filename, frame.f_lineno
 
 
@@ -250,7 +250,7 @@ def handed_on(
     are the tensors in question, where they are not all: the frozen ones may belong to other records, too.
     """
     old, params = model.lease, model.params
-    torch.autograd.graph.increment_version(tuple(params.values()) if updated is None else updated)
+    increment_version(tuple(params.values()) if updated is None else updated)
     old.spend(where)
     new = Lease(params)
     new.frames = old.frames
@@ -259,11 +259,11 @@ def handed_on(
     for frame in () if engine is None else (*engine.frames, *engine.frozen):
         owner = frame.owner
         if owner is old:
-            torch.autograd.graph.increment_version(frame.slots)
+            increment_version(frame.slots)
             frame.owner = new
         elif owner is not None and owner.versions != versions_of((owner.values or {}).values()):
             # another record over the same tensors is bound here: it must be found out, and its graphs must fail
-            torch.autograd.graph.increment_version(frame.slots)
+            increment_version(frame.slots)
             owner.frames, frame.owner = (), None
     buffers = model.buffers if new_buffers is None else MappingProxyType({**model.buffers, **new_buffers})
     return Model(params=params, buffers=buffers, training=model.training, ref=model.ref, lease=new)

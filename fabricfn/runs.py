@@ -46,18 +46,19 @@ def differentiate(
         for model in leaves:
             frames.append(acquire(model, frozen=False))
         loss, aux, taken = through(rt, job, frames, spec, microbatches, rng)
-        changed = [changed_buffers(*pair) if pair[0].places else None for pair in zip(frames, leaves, strict=True)]
+        changed: list[dict[str, torch.Tensor]] | None = None
+        if frames[0].places or (spec is not None and any(frame.places for frame in frames)):
+            changed = [changed_buffers(frame, model) for frame, model in zip(frames, leaves, strict=True)]
     finally:
         for frame in frames:
             release(frame)
-    if rt.world.group is not None and job.buffers != "local":
+    if changed is not None and rt.world.group is not None and job.buffers != "local":
         changed = agreed(changed, job.buffers, rt.world)
-    grads = [
-        Grads(
-            params=MappingProxyType(dict(zip(frame.names, new, strict=True))), new_buffers=kept or None, ref=model.ref
-        )
-        for model, frame, new, kept in zip(leaves, frames, taken, changed, strict=True)
-    ]
+    grads: list[Grads] = []
+    for index, model in enumerate(leaves):
+        params = MappingProxyType(dict(zip(frames[index].names, taken[index], strict=True)))
+        new_buffers = None if changed is None else changed[index] or None
+        grads.append(Grads(params=params, new_buffers=new_buffers, ref=model.ref))
     return loss, aux, grads[0] if spec is None else tree_unflatten(spec, grads)
 
 
@@ -135,19 +136,16 @@ def scale(taken: list[list[torch.Tensor | None]], factor: float) -> None:
         torch._foreach_mul_(present, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def agreed(
-    changed: list[dict[str, torch.Tensor] | None], buffers: Buffers, world: World
-) -> list[dict[str, torch.Tensor] | None]:
+def agreed(changed: list[dict[str, torch.Tensor]], buffers: Buffers, world: World) -> list[dict[str, torch.Tensor]]:
     """The changed buffers, equal on all ranks: at most one flat collective for each kind."""
     assert world.group is not None
-    tensors = [tensor for one in changed for tensor in (one or {}).values()]
+    tensors = [tensor for one in changed for tensor in one.values()]
     averaged = [tensor for tensor in tensors if buffers == "mean" and tensor.is_floating_point()]
     copied = [tensor for tensor in tensors if not (buffers == "mean" and tensor.is_floating_point())]
     means = iter(flat.all_reduce_mean(averaged, world.group) if averaged else ())
     copies = iter(flat.broadcast(copied, 0, world.group) if copied else ())
     return [
-        one
-        and {
+        {
             name: next(means if buffers == "mean" and tensor.is_floating_point() else copies)
             for name, tensor in one.items()
         }
