@@ -199,13 +199,16 @@ def needs_graph(tree: Any) -> bool:
     return isinstance(tree, (list, tuple)) and any(map(needs_graph, cast("list[Any]", tree)))
 
 
-def explain_devices(error: RuntimeError, device: torch.device, tree: Any) -> None:
-    """Add to an error of torch which arguments lie on another device than the model's."""
-    leaves = [(path_name(path), leaf) for path, leaf in zip(tree_paths(tree), tree_leaves(tree), strict=True)]
-    tensors = [(name, leaf) for name, leaf in leaves if isinstance(leaf, torch.Tensor)]
+def check_devices(error: RuntimeError, device: torch.device, args: Any, kwargs: Any) -> None:
+    """Raise `ModelError` when an error of torch is about devices and some arguments lie on another one."""
+    if "device" not in str(error):
+        return
+    named = {f"argument {index}": value for index, value in enumerate(args)} | kwargs
+    leaves = zip(tree_paths(named), tree_leaves(named), strict=True)
+    tensors = [(path_name(path), leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
     strangers = [f"{name} on {leaf.device}" for name, leaf in tensors if leaf.device.type != device.type]
     if strangers:
-        error.add_note(
-            f"The model is on {device}, but these arguments are not: {', '.join(strangers[:6])}. Move them with"
+        raise ModelError(
+            f"the model is on {device}, but not all tensors that it met are: {', '.join(strangers[:6])}. Move them with"
             " ff.to_device(rt, batch), or take batches from ff.batches(rt, loader)."
-        )
+        ) from error

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from fabricfn.binding import bind_constants, explain_devices, release
+from fabricfn.binding import bind_constants, check_devices, release
 from fabricfn.engine import Frame
 from fabricfn.errors import ConfigurationError
 from fabricfn.losses import Buffers, Job, Sums, collect, finish
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, fold_in, seeded
-from fabricfn.runs import differentiate, one_ahead
+from fabricfn.runs import differentiate, first_index, one_ahead
 from fabricfn.runtimes import Runtime
 
 
@@ -47,8 +47,8 @@ def value_and_grad(
         `grad_fn(models, *args, rng=None, **kwargs) -> (loss, grads)`, or `((loss, aux), grads)` with has_aux. Every
         rank must call it. Gradients are for `models`, one Model or any tree of them, and `grads` has its shape. A Model
         anywhere in the other arguments is a constant: it arrives in loss_fn as a frozen net. `loss` is detached and
-        this rank's own mean (the global one under `weighted`). `rng` is the key for dropout; each rank folds in its
-        number.
+        this rank's own mean (the global one under `weighted`). `rng` is the key for dropout, one a step:
+        `rng=ff.fold_in(ff.key(1), opt.step)`; each rank folds in its number.
 
     Raises:
         GradientError: (from grad_fn) the loss is no scalar, or parameters got no gradient.
@@ -92,7 +92,8 @@ def accumulate(
         loss_fn, has_aux, weighted, allow_unused, buffers: see `value_and_grad`.
 
     Returns:
-        `grad_fn(models, microbatches, rng=None) -> (loss, grads)`; `microbatches` is an iterable, read one ahead, of
+        `grad_fn(models, microbatches, rng=None) -> (loss, grads)`; `microbatches` is an iterable, read one ahead
+        (wholly with `rng`), of
         argument tuples (a list, as DataLoader makes it, counts as a tuple; anything else is one argument). Every rank
         must call it; the ranks may have different numbers of micro-batches under `weighted`. With has_aux the aux is
         the list of the micro-batches' aux. With `rng` each micro-batch folds in its index in the global batch.
@@ -110,7 +111,7 @@ def accumulate(
         key = None
         if rng is not None:
             microbatches = list(microbatches)
-            key = (rng, rt.rank * len(microbatches))
+            key = (rng, first_index(len(microbatches), rt.world))
         loss, aux, grads = differentiate(rt, job, models, one_ahead(microbatches), key)
         return (loss if aux is None else (loss, aux)), grads
 
@@ -148,7 +149,7 @@ def value(
             with torch.no_grad(), autocast_of(rt.precision, rt.device), seed:
                 collect(job, sums, loss_fn(nets, *values, **options))
         except RuntimeError as error:
-            explain_devices(error, rt.device, (args, kwargs))
+            check_devices(error, rt.device, args, kwargs)
             raise
         finally:
             for frame in frames:

@@ -12,8 +12,8 @@ from fabricfn.binding import (
     acquire,
     bind_constants,
     call_with_values,
+    check_devices,
     engine_of,
-    explain_devices,
     needs_graph,
     release,
     transforming,
@@ -154,7 +154,7 @@ def apply(
                 return call_with_values(frames[0], model, call)
             return call(frames[0].net)
     except RuntimeError as error:
-        explain_devices(error, rt.device, (args, kwargs))
+        check_devices(error, rt.device, args, kwargs)
         raise
     finally:
         for frame in frames:

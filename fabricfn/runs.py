@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fabricfn import flat
-from fabricfn.binding import acquire, bind_constants, changed_buffers, explain_devices, release, transforming
+from fabricfn.binding import acquire, bind_constants, changed_buffers, check_devices, release, transforming
 from fabricfn.engine import Frame
 from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
 from fabricfn.losses import Buffers, Job, Sums, collect, finish
@@ -122,7 +122,7 @@ def run_one(
             raise GradientError("the loss does not depend on any trainable parameter of the models.")
         strategy.backward(frames, loss)
     except RuntimeError as error:
-        explain_devices(error, rt.device, (args, kwargs))
+        check_devices(error, rt.device, args, kwargs)
         raise
     finally:
         for frame in constants:
@@ -182,6 +182,14 @@ def one_ahead(microbatches: Iterable[Any]) -> Iterator[Microbatch]:
             yield as_args(item), {}, False
             item = following
         yield as_args(item), {}, True
+
+
+def first_index(count: int, world: World) -> int:
+    """The index of this rank's first micro-batch in the global batch: how many the lower ranks have together."""
+    if world.group is None:
+        return 0
+    (counts,) = flat.all_gather([torch.tensor(count, device=world.device)], world.group)
+    return int(counts[: world.rank].sum())
 
 
 def as_args(item: Any) -> tuple[Any, ...]:

@@ -8,10 +8,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import fabricfn as ff
-from fabricfn.strategies import ddp, functional
+from fabricfn.strategies import ddp
 from fabricfn.testing import processes
 
-DISTRIBUTED = {"ddp": ddp, "functional": functional, "find_unused": lambda: ddp(find_unused_parameters=True)}
+DISTRIBUTED = {name: make for name, make in ff.strategies.NAMES.items() if make().max_ranks is None}
+DISTRIBUTED["find_unused"] = lambda: ddp(find_unused_parameters=True)
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import fabricfn as ff
-from fabricfn.strategies import ddp, functional, single
-
-STRATEGIES = {"single": single, "functional": functional, "ddp": ddp}
 
 
-@pytest.fixture(params=STRATEGIES)
-def rt(request):
-    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse("64-true"), strategy=STRATEGIES[request.param]())
+@pytest.fixture(params=ff.strategies.NAMES)
+def rt(request, one_rank):
+    return one_rank(request.param)
 
 
 def net(width=4, depth=3, seed=0):
@@ -269,8 +266,9 @@ def test_a_frame_of_its_own_for_each_record_of_one_engine_in_a_loss(rt, model):
     assert both["b"].params["0.bias"].abs().sum() > 0
 
 
-def test_a_second_record_of_the_engine_is_not_answered_from_the_autocast_cache():
-    rt = ff.Runtime(world=ff.World(), precision=ff.Precision.parse("bf16-mixed"), strategy=single())
+@pytest.mark.parametrize("strategy", ff.strategies.NAMES)
+def test_a_second_record_of_the_engine_is_not_answered_from_the_autocast_cache(one_rank, strategy):
+    rt = one_rank(strategy, "bf16-mixed")
     model = ff.setup_model(rt, net().float())
     zero = ff.map_params(torch.zeros_like, model)
     seen = {}

@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from fabricfn.strategies import ddp, functional, single
-
-STRATEGIES = {"single": single, "functional": functional, "ddp": ddp}
 
 
-def runtime(precision, strategy="single"):
-    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(precision), strategy=STRATEGIES[strategy]())
+@pytest.fixture
+def runtime(one_rank):
+    return lambda precision, strategy="single": one_rank(strategy, precision)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +45,7 @@ class Probe(nn.Module):
         return {"out": out, "labels": labels}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ff.strategies.NAMES)
 @pytest.mark.parametrize(
     ("precision", "params", "seen", "inside", "output"),
     [
@@ -57,7 +55,7 @@ class Probe(nn.Module):
         ("bf16-mixed", torch.float32, torch.float32, torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_what_is_cast_where(strategy, precision, params, seen, inside, output):
+def test_what_is_cast_where(runtime, strategy, precision, params, seen, inside, output):
     rt = runtime(precision, strategy)
     model = ff.setup_model(rt, Probe())
     inputs = {"labels": torch.zeros(2, dtype=torch.long), "extra": {"z": torch.ones(2)}}
@@ -76,19 +74,19 @@ def test_what_is_cast_where(strategy, precision, params, seen, inside, output):
     }  # fmt: skip
 
 
-def test_doubles_meet_a_32_true_net():
+def test_doubles_meet_a_32_true_net(runtime):
     rt = runtime("32-true")
     model = ff.setup_model(rt, nn.Linear(4, 1).double())
     assert ff.apply(rt, model, torch.ones(2, 4, dtype=torch.float64)).dtype is torch.float32
 
 
-def test_mixed_leaves_modules_and_inputs_alone():
+def test_mixed_leaves_modules_and_inputs_alone(runtime):
     rt = runtime("bf16-mixed")
     model = ff.setup_model(rt, nn.Linear(4, 1).double())
     assert model.params["weight"].dtype is torch.float64
 
 
-def test_the_whole_loss_function_is_under_autocast_and_not_after_it():
+def test_the_whole_loss_function_is_under_autocast_and_not_after_it(runtime):
     rt = runtime("bf16-mixed")
     model = ff.setup_model(rt, nn.Linear(4, 4))
 
@@ -104,7 +102,7 @@ def test_the_whole_loss_function_is_under_autocast_and_not_after_it():
         assert (torch.ones(2, 4) @ torch.ones(4, 2)).dtype is torch.float32
 
 
-def test_a_step_inside_and_outside_of_the_weight_cache_agree():
+def test_a_step_inside_and_outside_of_the_weight_cache_agree(runtime):
     """A stale cache of cast weights would make the second step see the first step's weights."""
     rt = runtime("bf16-mixed")
     model = ff.setup_model(rt, nn.Linear(4, 1))
@@ -115,7 +113,7 @@ def test_a_step_inside_and_outside_of_the_weight_cache_agree():
     torch.testing.assert_close(second, 9 * first, rtol=2e-2, atol=0)
 
 
-def test_a_record_of_ones_own():
+def test_a_record_of_ones_own(runtime):
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -132,7 +130,7 @@ def test_a_record_of_ones_own():
     torch.testing.assert_close(out, 2 * module(torch.ones(2, 4)))
 
 
-def test_init_module_makes_parameters_in_place_and_in_dtype():
+def test_init_module_makes_parameters_in_place_and_in_dtype(runtime):
     made = []
 
     def factory():

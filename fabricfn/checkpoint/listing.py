@@ -159,6 +159,9 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
 
     A newer one that is unfinished or damaged is passed over with a warning that says why.
 
+    Args:
+        folder: the folder that holds checkpoints; of a folder that is one itself, take the parent.
+
     Returns:
         its path, or None when there is none: `if path := ff.latest(folder): state = ff.load(rt, path, state)`.
     """

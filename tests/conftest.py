@@ -1,0 +1,27 @@
+"""What several test files share: runtimes of one rank on which every strategy drives its real engine."""
+
+import pytest
+import torch.distributed as dist
+
+import fabricfn as ff
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """A real gloo group of one rank. Without a group ddp would have nothing to reduce, and no reducer."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank(group):
+    """`one_rank(strategy, precision) -> Runtime`."""
+
+    def make(name="single", precision="64-true"):
+        strategy = ff.strategies.NAMES[name]()
+        world = ff.World(group=None if strategy.max_ranks == 1 else group)
+        return ff.Runtime(world=world, precision=ff.Precision.parse(precision), strategy=strategy)
+
+    return make
