@@ -52,14 +52,12 @@ if TYPE_CHECKING:
     from fabricfn.model import (
         apply as apply,
         autocast as autocast,
-        eval_mode as eval_mode,
         gather_params as gather_params,
         init_module as init_module,
-        map_params as map_params,
         setup_model as setup_model,
         to_module as to_module,
-        train_mode as train_mode,
     )
+    from fabricfn.modes import eval_mode as eval_mode, map_params as map_params, train_mode as train_mode
     from fabricfn.optimizers import (
         optimizer_step as optimizer_step,
         reduce_on_plateau as reduce_on_plateau,
@@ -94,7 +92,8 @@ else:
         "precision": "Precision",
         "strategy": "Strategy",
         # the model, its gradients, the optimizer
-        "model": "setup_model init_module apply eval_mode train_mode map_params gather_params to_module autocast",
+        "model": "setup_model init_module apply gather_params to_module autocast",
+        "modes": "eval_mode train_mode map_params",
         "gradients": "value_and_grad value accumulate",
         "clipping": "clip_gradients",
         "optimizers": "setup_optimizer optimizer_step schedule_from_torch reduce_on_plateau",

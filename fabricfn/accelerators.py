@@ -70,7 +70,7 @@ def choose(accelerator: str, devices: int | str | Sequence[int] | None, found: M
     """
     wanted = _read(devices)
     kind = _kind(accelerator, found)
-    if wanted is None:  # DESIGN: None and 0 are the CPU, as in Fabric
+    if wanted is None:  # None and 0 are the CPU in Fabric too, so scripts that come from there mean it
         if accelerator not in ("auto", "cpu"):
             raise ConfigurationError(
                 f"devices={devices!r} means the CPU, but accelerator={accelerator!r}. Write devices=1, or"

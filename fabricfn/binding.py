@@ -51,7 +51,7 @@ def acquire(model: Model, *, frozen: bool) -> Frame:
         frame.handle, frame.broken = engine.attach(frame.net), False
     if model.training is not frame.training:
         set_training(frame, model.training)
-    if frame.places:
+    if frame.places or model.buffers:
         load_buffers(frame, model)
     frame.open = True
     return frame
@@ -69,6 +69,8 @@ def unbound(model: Model) -> Frame:
 def release(frame: Frame) -> None:
     """Close a frame after a run."""
     frame.open = False
+    if frame.training is not None and frame.net.training is not ("" in frame.training):
+        frame.training = None  # the run called net.train() or net.eval(): the next one sets every mode again
 
 
 def bind(frame: Frame, model: Model) -> None:
@@ -81,13 +83,16 @@ def bind(frame: Frame, model: Model) -> None:
         raise ModelError(f"this Model has other names than the module that was set up: {', '.join(wrong[:8])}.")
     values = list(model.params.values())
     for name, slot, value in zip(frame.names, frame.slots, values, strict=True):
-        if value.dtype is not slot.dtype or value.shape != slot.shape or value.device != slot.device:
+        same = value.dtype is slot.dtype and value.shape == slot.shape and value.layout is slot.layout
+        if not same or value.device != slot.device:
             raise ModelError(
                 f"{name} of this Model is {describe(value)}, but the module that was set up has {describe(slot)}."
                 " A Model can be mapped to other values, not to other shapes, dtypes or devices."
             )
     if frame.owner is not None:
         frame.owner.frames = [other for other in frame.owner.frames if other is not frame]
+        frame.owner = None
+    torch.clear_autocast_cache()  # it knows slots, not values
     for slot, value in zip(frame.slots, values, strict=True):
         slot.data = value
     # the backward pass of an older open graph over these slots must fail, not give the gradient at other values
@@ -106,7 +111,7 @@ def bind_constants(tree: Any, frames: list[Frame]) -> Any:
         return tree
     if kind is Model:
         for frame in frames:
-            if frame.owner is tree.lease and frame.training == tree.training:
+            if frame.owner is tree.lease and frame.training == tree.training and frame.loaded is tree.buffers:
                 return frame.net
         frames.append(acquire(tree, frozen=True))
         return frames[-1].net
@@ -143,10 +148,14 @@ def set_training(frame: Frame, training: frozenset[str]) -> None:
 
 def load_buffers(frame: Frame, model: Model) -> None:
     """Hang copies of the model's buffers into the net: what the forward pass changes there is not the record."""
+    if tuple(model.buffers) != tuple(frame.places):
+        wrong = sorted({*model.buffers} ^ {*frame.places})
+        raise ModelError(f"this Model has other buffers than the module that was set up: {', '.join(wrong[:8])}.")
+    frame.loaded = model.buffers
+    frame.copies = {name: value.clone() for name, value in model.buffers.items()}
     for name, places in frame.places.items():
-        copy = model.buffers[name].clone()
         for buffers, key in places:
-            buffers[key] = copy
+            buffers[key] = frame.copies[name]
 
 
 def changed_buffers(frame: Frame, model: Model) -> dict[str, torch.Tensor]:
@@ -157,22 +166,25 @@ def changed_buffers(frame: Frame, model: Model) -> dict[str, torch.Tensor]:
     """
     changed: dict[str, torch.Tensor] = {}
     for name, places in frame.places.items():
-        old, new = model.buffers[name], places[0][0][places[0][1]]
-        if new is None or new.shape != old.shape:
+        old, copy, new = model.buffers[name], frame.copies[name], places[0][0][places[0][1]]
+        if new is None or new.shape != old.shape or new.dtype is not old.dtype:
             found = "None" if new is None else describe(new)
             raise ModelError(
                 f"the forward pass replaced the persistent buffer {name}, {describe(old)}, by {found}. Register a"
-                " cache with persistent=False; state keeps its shape."
+                " cache with persistent=False; state keeps its shape and dtype."
             )
         training = name.rpartition(".")[0] in model.training
-        if new._version or (training and not (new.device.type == "cpu" and same_bits(new, old))):
-            changed[name] = new.detach()
+        if new is not copy:
+            changed[name] = new.detach().clone()
+        elif new._version or (training and not (new.device.type == "cpu" and torch.equal(new, old))):
+            changed[name] = new
+    for name, places in frame.absent.items():
+        if any(buffers[key] is not None for buffers, key in places):
+            raise ModelError(
+                f"the persistent buffer {name} was None when the module was set up and is a tensor now, which no record"
+                " holds. Give it its value before ff.setup_model, or register it with persistent=False."
+            )
     return changed
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal dtype and values; NaN is equal to nothing, so it counts as changed."""
-    return a.dtype is b.dtype and torch.equal(a, b)
 
 
 def transforming() -> bool:

@@ -11,17 +11,26 @@ import torch.distributed as dist
 from torch import nn
 
 from fabricfn import flat
-from fabricfn.engine import Engine, Frame, named_modules
+from fabricfn.engine import Engine, Frame, Place, named_modules
 from fabricfn.errors import MismatchError, ModelError
 from fabricfn.precision import cast_floating
 from fabricfn.runtimes import Runtime
+from fabricfn.tree import tree_leaves
 from fabricfn.world import World
 
 Compile = bool | Mapping[str, Any]
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse parameters that have no values yet."""
+    """Refuse parameters that have no values yet, and what a copy would lose."""
+    if torch.is_inference_mode_enabled():
+        raise ModelError("setup_model was called inside torch.inference_mode, where nothing can be trained. Leave it.")
+    hooked = [n for n, slot in module.named_parameters() if slot._backward_hooks or slot._post_accumulate_grad_hooks]
+    if hooked:
+        raise ModelError(
+            f"parameters have hooks of their own, which values cannot carry: {', '.join(hooked[:8])}. Change the"
+            " gradients that value_and_grad returns instead: ff.tree_map(f, grads)."
+        )
     lazy = [name for name, slot in module.named_parameters() if nn.parameter.is_lazy(slot)]
     if lazy:
         raise ModelError(
@@ -43,13 +52,28 @@ def uncompiled(module: nn.Module) -> tuple[nn.Module, bool]:
     return module, module._compiled_call_impl is not None
 
 
-def copy_module(module: nn.Module, place: Callable[[torch.Tensor], torch.Tensor], *, frozen: bool = False) -> nn.Module:
-    """A deep copy whose parameters and buffers are `place(original)`; ties, hooks and parametrisations are kept."""
+def copy_module(
+    module: nn.Module,
+    place: Callable[[torch.Tensor], torch.Tensor],
+    place_buffer: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    frozen: bool = False,
+) -> nn.Module:
+    """A deep copy whose parameters are `place(original)`, and whose buffers are `place_buffer(original)`.
+
+    Ties, hooks and parametrisations are kept; activations that a module keeps in attributes come without their graph.
+    """
     memo: dict[int, Any] = {}
+    for _, part in named_modules(module):
+        for kept in vars(part).values():
+            values: list[Any] = tree_leaves(kept) if isinstance(kept, (dict, list, tuple)) else [kept]
+            for value in values:
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    memo[id(value)] = value.detach().clone()
     for slot in module.parameters():
         memo[id(slot)] = nn.Parameter(place(slot.detach()), requires_grad=slot.requires_grad and not frozen)
     for buffer in module.buffers():
-        memo[id(buffer)] = place(buffer.detach())
+        memo[id(buffer)] = place_buffer(buffer.detach())
     return copy.deepcopy(module, memo)
 
 
@@ -89,15 +113,16 @@ def cast_outputs(dtype: torch.dtype, net: nn.Module, args: Any, output: Any) -> 
     return cast_floating(output, dtype)
 
 
-def persistent_buffers(net: nn.Module) -> dict[str, list[tuple[dict[str, torch.Tensor | None], str]]]:
-    """Where each buffer hangs, by name; a shared one bears its first name and has several places."""
-    found: dict[str, list[tuple[dict[str, torch.Tensor | None], str]]] = {}
+def persistent_buffers(net: nn.Module, *, absent: bool) -> dict[str, list[Place]]:
+    """Where each buffer (or each that is None) hangs; a shared one has several places, under its first name."""
+    found: dict[str, list[Place]] = {}
     first: dict[int, str] = {}
     for prefix, module in named_modules(net):
         for name, buffer in module._buffers.items():
-            if buffer is None or name in module._non_persistent_buffers_set:
+            if (buffer is None) is not absent or name in module._non_persistent_buffers_set:
                 continue
-            full = first.setdefault(id(buffer), f"{prefix}.{name}" if prefix else name)
+            full = f"{prefix}.{name}" if prefix else name
+            full = full if buffer is None else first.setdefault(id(buffer), full)
             found.setdefault(full, []).append((module._buffers, name))
     return found
 
@@ -116,7 +141,9 @@ def make_frame(net: nn.Module, handle: Any) -> Frame:
         names=tuple(slots),
         slots=list(slots.values()),
         handle=handle,
-        places=persistent_buffers(net),
+        trainable=tuple(slot.requires_grad for slot in slots.values()),
+        places=persistent_buffers(net, absent=False),
+        absent=persistent_buffers(net, absent=True),
     )
 
 
@@ -150,14 +177,15 @@ def build(rt: Runtime, module: nn.Module, *, move_to_device: bool, donate: bool,
         place = placing(rt, move=move_to_device, fresh=False)
         net = module._apply(place)
     else:
-        net = copy_module(module, placing(rt, move=move_to_device, fresh=True))
+        place = placing(rt, move=move_to_device, fresh=True)
+        net = copy_module(module, place, place)
     if rt.precision.convert is not None:
         net = rt.precision.convert(net)
     hooks = add_casts(rt, net)
     attach = functools.partial(rt.strategy.attach, world=rt.world)
 
     def grow(frozen: bool) -> Frame:
-        return finish(copy_module(first.net, lambda tensor: tensor, frozen=frozen), frozen)
+        return finish(copy_module(first.net, lambda slot: slot, torch.clone, frozen=frozen), frozen)
 
     def finish(net: nn.Module, frozen: bool) -> Frame:
         if options is not None:
@@ -181,7 +209,7 @@ def build(rt: Runtime, module: nn.Module, *, move_to_device: bool, donate: bool,
 def plain_copy(engine: Engine, frame: Frame) -> nn.Module:
     """A deep copy of a frame's net with memory of its own and without our hooks."""
     trainable = [slot.requires_grad for slot in engine.frames[0].slots]
-    net = copy_module(frame.net, torch.clone)
+    net = copy_module(frame.net, torch.clone, torch.clone)
     for slot, wanted in zip(net.parameters(), trainable, strict=True):
         slot.requires_grad_(wanted)
     for hook in engine.hooks:

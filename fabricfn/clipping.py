@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import torch
 
 from fabricfn.errors import ConfigurationError, GradientError
-from fabricfn.records import Grads, Lease, caller, watching
+from fabricfn.leases import Lease, caller
+from fabricfn.records import Grads, watching
 from fabricfn.runtimes import Runtime
+from fabricfn.states import addresses
 from fabricfn.tree import tree_flatten, tree_unflatten
 
 G = TypeVar("G")
@@ -48,7 +50,7 @@ def clip_gradients(
 
     Raises:
         ConfigurationError: both or neither of `max_norm` and `clip_val`, or a negative limit.
-        GradientError: the norm is not finite, and `error_if_nonfinite`; names the parameters.
+        GradientError: a sparse gradient; the norm is not finite, and `error_if_nonfinite`. Names the parameters.
         DonatedError: the gradients were given away.
 
     Example:
@@ -82,11 +84,17 @@ def clip_gradients(
             lease.check("Grads")
     tensors: list[torch.Tensor] = [g for record in records for g in record.params.values() if g is not None]
     with torch.no_grad():
-        total_norm = _total_norm(tensors, _order(norm_type), rt.device)
+        total_norm = _total_norm(records, tensors, _order(norm_type), rt.device)
         if error_if_nonfinite and not torch.isfinite(total_norm):
             raise GradientError(_blame(records, total_norm, rt.rank))
-        clipped = _clip(tensors, total_norm, max_norm, clip_val, donate)
-    out = _given_away(records) if donate else _replaced(records, clipped)
+        places = addresses(tensors) if donate else []
+        in_place = donate and len(set(places)) == len(places)  # a sum's two gradients may be views of one memory
+        clipped = _clip(tensors, total_norm, max_norm, clip_val, in_place)
+    out = _given_away(records) if in_place else _replaced(records, clipped)
+    if donate:
+        where = caller()
+        for record in records:
+            record.lease.spend(where)
     made: Any = out[0] if spec is None else tree_unflatten(spec, out)
     return made, total_norm
 
@@ -105,11 +113,17 @@ def _order(norm_type: float | str) -> float:
     return order
 
 
-def _total_norm(tensors: Sequence[torch.Tensor], order: float, device: torch.device) -> torch.Tensor:
+def _total_norm(
+    records: Sequence[Grads], tensors: Sequence[torch.Tensor], order: float, device: torch.device
+) -> torch.Tensor:
     """The norm of all numbers together, as `torch.nn.utils.get_total_norm` computes it."""
     if not tensors:
         return torch.zeros((), device=device)
-    norms: list[torch.Tensor] = [*_kernels._foreach_norm(tensors, order)]
+    try:
+        norms: list[torch.Tensor] = [*_kernels._foreach_norm(tensors, order)]
+    except (RuntimeError, TypeError):
+        _refuse_sparse(records)
+        raise
     first = norms[0].device
     if any(norm.device != first for norm in norms):
         norms = [norm.to(first) for norm in norms]
@@ -117,12 +131,21 @@ def _total_norm(tensors: Sequence[torch.Tensor], order: float, device: torch.dev
     return total
 
 
+def _refuse_sparse(records: Sequence[Grads]) -> None:
+    for name, grad in (item for record in records for item in record.params.items()):
+        if grad is not None and grad.layout is not torch.strided:
+            raise GradientError(
+                f"the gradient of {name} is {grad.layout}; clip_gradients takes dense ones. Set the layer up with"
+                " sparse=False, or write ff.tree_map(lambda g: g.to_dense() if g.is_sparse else g, grads)."
+            )
+
+
 def _clip(
     tensors: Sequence[torch.Tensor],
     total_norm: torch.Tensor,
     max_norm: float | None,
     clip_val: float | None,
-    donate: bool,
+    in_place: bool,
 ) -> Sequence[torch.Tensor]:
     if not tensors:
         return ()
@@ -130,15 +153,15 @@ def _clip(
         factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
         if any(tensor.device != factor.device for tensor in tensors):
             made = [tensor * factor.to(tensor.device) for tensor in tensors]
-            return _written(tensors, made) if donate else made
-        if donate:
+            return _written(tensors, made) if in_place else made
+        if in_place:
             _kernels._foreach_mul_(tensors, factor)
             return tensors
         return _kernels._foreach_mul(tensors, factor)
     assert clip_val is not None
     made = _kernels._foreach_clamp_max(tensors, clip_val)
     _kernels._foreach_clamp_min_(made, -clip_val)
-    return _written(tensors, made) if donate else made
+    return _written(tensors, made) if in_place else made
 
 
 def _written(tensors: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -157,12 +180,9 @@ def _replaced(records: Sequence[Grads], clipped: Sequence[torch.Tensor]) -> list
 
 
 def _given_away(records: Sequence[Grads]) -> list[Grads]:
-    where = caller()
     out: list[Grads] = []
     for record in records:
-        watched = record.lease.values is not None
-        record.lease.spend(where)
-        lease = watching(record.params) if watched else Lease()
+        lease = Lease() if record.lease.values is None else watching(record.params)
         out.append(Grads(params=record.params, new_buffers=record.new_buffers, ref=record.ref, lease=lease))
     return out
 

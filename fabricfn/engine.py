@@ -7,7 +7,7 @@ at records; records never are slots.
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,7 +16,11 @@ from torch import nn
 from fabricfn.errors import GradientError
 
 if TYPE_CHECKING:
-    from fabricfn.records import Lease
+    from fabricfn.leases import Lease
+
+
+Place = tuple[dict[str, torch.Tensor | None], str]
+"""A module's dict of buffers, and a name in it."""
 
 
 @dataclasses.dataclass(slots=True, eq=False, kw_only=True)
@@ -31,8 +35,16 @@ class Frame:
     """The parameters of `net` in the order of `names`, a tied one once."""
     handle: Any
     """What the strategy's `attach` returned; None for a frozen frame (a constant of a loss, `apply`)."""
-    places: dict[str, list[tuple[dict[str, torch.Tensor | None], str]]]
+    trainable: tuple[bool, ...]
+    """Which slots require grad; what a loss function does to the flags is undone."""
+    places: dict[str, list[Place]]
     """For each persistent buffer, where it hangs in `net`; several places for a shared one."""
+    absent: dict[str, list[Place]]
+    """The same for the persistent buffers that are None."""
+    loaded: Mapping[str, torch.Tensor] | None = None
+    """The record's buffers of which copies hang in `net` now."""
+    copies: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict[str, torch.Tensor])
+    """These copies, as they were hung there."""
     owner: "Lease | None" = None
     """The lease of the values that the slots point to."""
     training: frozenset[str] | None = None
@@ -85,8 +97,8 @@ def require_all(frames: Sequence[Frame], grads: Sequence[Sequence[torch.Tensor |
     missing = [
         name
         for frame, found in zip(frames, grads, strict=True)
-        for name, slot, grad in zip(frame.names, frame.slots, found, strict=True)
-        if grad is None and slot.requires_grad
+        for name, trainable, grad in zip(frame.names, frame.trainable, found, strict=True)
+        if grad is None and trainable
     ]
     if missing:
         raise GradientError(

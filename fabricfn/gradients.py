@@ -4,6 +4,7 @@ How a call runs is in `runs.py`; what a loss function may return, in `losses.py`
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,6 +33,9 @@ def value_and_grad(
 
     Laws: the models passed in stay as they are; the gradients have the same bits for the same inputs, at arbitrary
     values of the parameters, under every strategy; under `weighted` they are those of one process with all the data.
+
+    A parameter that takes part in the loss on some ranks only leaves the other ranks waiting in a collective until one
+    fails (GradientError on the rank that lacks it); use `allow_unused=True` under a strategy that serves it.
 
     Args:
         loss_fn: `loss_fn(net, *args, **kwargs) -> loss`, a scalar tensor. It may call any method of the net, any number
@@ -93,10 +97,14 @@ def accumulate(
 
     Returns:
         `grad_fn(models, microbatches, rng=None) -> (loss, grads)`; `microbatches` is an iterable, read one ahead
-        (wholly with `rng`), of
-        argument tuples (a list, as DataLoader makes it, counts as a tuple; anything else is one argument). Every rank
-        must call it; the ranks may have different numbers of micro-batches under `weighted`. With has_aux the aux is
-        the list of the micro-batches' aux. With `rng` each micro-batch folds in its index in the global batch.
+        (wholly with `rng`), of argument tuples (a list, as DataLoader makes it, counts as a tuple; anything else is one
+        argument). Every rank must call it; the ranks may have different numbers of micro-batches. With
+        has_aux the aux is the list of the micro-batches' aux. With `rng` each micro-batch folds in its index in the
+        global batch.
+
+    Raises:
+        FabricfnError: as `value_and_grad` does.
+        ConfigurationError: (from grad_fn) there is no micro-batch.
 
     Example:
         >>> import torch, fabricfn as ff
@@ -105,9 +113,9 @@ def accumulate(
         >>> grad_fn = ff.accumulate(rt, lambda net, x: (net(x).square().sum(), len(x)), weighted=True)
         >>> loss, grads = grad_fn(model, [(torch.ones(4, 2),), (torch.ones(1, 2),)])
     """
-    job = checked(rt, loss_fn, has_aux, weighted, allow_unused, buffers)
+    job = dataclasses.replace(checked(rt, loss_fn, has_aux, weighted, allow_unused, buffers), many=True)
 
-    def grad_fn(models: Any, microbatches: Iterable[Any], rng: Key | None = None) -> tuple[Any, Any]:
+    def grad_fn(models: Any, microbatches: Iterable[Any], *, rng: Key | None = None) -> tuple[Any, Any]:
         key = None
         if rng is not None:
             microbatches = list(microbatches)
@@ -129,6 +137,10 @@ def value(
     Returns:
         `value_fn(models, *args, rng=None, **kwargs) -> loss`, or `(loss, aux)` with has_aux. Changes of buffers are
         dropped. Under `weighted` every rank must call it and gets the same number.
+
+    Raises:
+        GradientError: (from value_fn) loss_fn returned something else, or the weights sum to zero.
+        DonatedError: (from value_fn) a model was given away with donate=True.
 
     Example:
         >>> import torch, fabricfn as ff

@@ -21,6 +21,8 @@ class Job:
     loss_fn: Callable[..., Any]
     has_aux: bool
     weighted: bool
+    many: bool = False
+    """Whether there may be several micro-batches, and other numbers of them on other ranks."""
     allow_unused: bool = False
     buffers: Buffers = "rank0"
 
@@ -35,6 +37,20 @@ class Sums:
     aux: list[Any] | None = None
 
 
+@dataclasses.dataclass(slots=True)
+class Total:
+    """A count that is being summed over the ranks while the last micro-batch is computed."""
+
+    count: torch.Tensor
+    work: Any
+
+
+def total_of(count: int, world: World) -> Total:
+    """Start to sum this rank's number of micro-batches. Every rank must call it."""
+    tensor = torch.tensor(count, device=world.device)
+    return Total(tensor, dist.all_reduce(tensor, group=world.group, async_op=True))
+
+
 def collect(job: Job, sums: Sums, result: Any) -> torch.Tensor:
     """Add the result of one call of the loss function to the sums; the loss itself, with its graph."""
     aux: Any = None
@@ -43,16 +59,21 @@ def collect(job: Job, sums: Sums, result: Any) -> torch.Tensor:
         sums.aux = [*(sums.aux or ()), tree_map(detached, aux)]
     if job.weighted:
         result, weight = unpacked(result, "weighted=True", "(loss_sum, weight)")
-        sums.weight = sums.weight + detached(weight)
+        if isinstance(weight, torch.Tensor) and weight.requires_grad:
+            raise GradientError("the weight of weighted=True is a constant and must not require grad: detach it.")
+        sums.weight = sums.weight + weight
     if not isinstance(result, torch.Tensor) or result.dim() != 0:
-        shape: Any = getattr(result, "shape", None)
-        found = f"{cast('object', type(result))}" if shape is None else f"a tensor of shape {tuple(shape)}"
-        raise GradientError(
-            f"loss_fn must return a scalar tensor, found {found}. Reduce it, for instance with .mean(); for a pair"
-            " write has_aux=True or weighted=True."
-        )
+        if isinstance(result, torch.Tensor):
+            found = f"found one of shape {tuple(result.shape)}. Reduce it, for instance with .mean()"
+        else:
+            found = f"found {type(result).__name__}. Return the loss itself, without .item() or .backward(); for a pair"
+            found += " write has_aux=True or weighted=True"
+        raise GradientError(f"loss_fn must return a scalar tensor, {found}.")
+    if result.is_complex():
+        raise GradientError("loss_fn must return a real number, found a complex one. Take .abs() or .real of it.")
     sums.count += 1
-    sums.loss = result.detach() if sums.count == 1 else sums.loss + result.detach()
+    loss = result.detach().clone() if result.is_leaf else result.detach()  # it may be a parameter itself
+    sums.loss = loss if sums.count == 1 else sums.loss + loss
     return result
 
 
@@ -70,10 +91,18 @@ def unpacked(result: Any, option: str, shape: str) -> tuple[Any, Any]:
     return first, second
 
 
-def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
-    """(loss, the factor that the mean over ranks of the summed gradients still lacks, None for 1)."""
+def finish(job: Job, sums: Sums, world: World, total: Total | None = None) -> tuple[torch.Tensor, Any]:
+    """(loss, the factor that the mean over ranks of the summed gradients still lacks, None for 1).
+
+    `total` is the number of micro-batches on all ranks, on its way.
+    """
     if not job.weighted:
-        return (sums.loss, None) if sums.count == 1 else (sums.loss / sums.count, 1 / sums.count)
+        loss = sums.loss if sums.count == 1 else sums.loss / sums.count
+        count = sums.count * world.world_size
+        if total is not None:
+            total.work.wait()
+            count = int(total.count)
+        return loss, None if count == world.world_size else world.world_size / count
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.device) for part in (sums.loss, sums.weight)])
     if world.group is not None:

@@ -1,7 +1,6 @@
 """Models: from a module to values, computing with values, and back to a module."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,12 +19,11 @@ from fabricfn.binding import (
     unbound,
 )
 from fabricfn.building import Compile, buffers_of, build, plain_copy
-from fabricfn.engine import named_modules
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
-from fabricfn.tree import tree_flatten, tree_unflatten
+from fabricfn.tree import tree_map
 
 M = TypeVar("M")
 
@@ -91,6 +89,9 @@ def init_module(rt: Runtime, factory: Callable[[], nn.Module]) -> nn.Module:
     Args:
         factory: a function without arguments; a module class will do.
 
+    Returns:
+        The module, with random numbers of this rank's own; `setup_model` gives all ranks those of rank 0.
+
     Example:
         >>> import functools, torch, fabricfn as ff
         >>> rt = ff.init_runtime(devices=1, accelerator="cpu", precision="64-true")
@@ -121,6 +122,7 @@ def apply(
 
     Args:
         model: the values to compute with.
+        args, kwargs: what the net takes, with tensors on the runtime's device.
         method: the name of another method of the net, or any function `fn(net, *args, **kwargs)`.
         rng: the key that dropout and other random layers start from; None leaves the global generator to them.
 
@@ -149,10 +151,14 @@ def apply(
             fn = net if method is None else getattr(net, method) if isinstance(method, str) else None
             return method(net, *values, **options) if callable(method) else fn(*values, **options)  # pyright: ignore[reportOptionalCall]
 
-        with autocast_of(rt.precision, rt.device), contextlib.nullcontext() if rng is None else seeded(rng, rt.device):
+        with (
+            autocast_of(rt.precision, rt.device),
+            contextlib.nullcontext() if rng is None else seeded(rng, rt.device),
+        ):
             if transform or (torch.is_grad_enabled() and needs_graph((args, kwargs))):
                 return call_with_values(frames[0], model, call)
-            return call(frames[0].net)
+            result = call(frames[0].net)
+            return result if type(result) is torch.Tensor else tree_map(kept, result)
     except RuntimeError as error:
         check_devices(error, rt.device, args, kwargs)
         raise
@@ -165,73 +171,46 @@ def autocast(rt: Runtime) -> contextlib.AbstractContextManager[Any]:
     """The context in which a "-mixed" precision computes; nothing happens under the others.
 
     `value_and_grad`, `value` and `apply` enter it by themselves. Never hold it open across an optimizer step: its cache
-    of cast weights would go stale.
+    of cast weights would go stale. Not collective.
+
+    Returns:
+        A context manager that gives None.
+
+    Example:
+        >>> import torch, fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu", precision="bf16-mixed")
+        >>> with ff.autocast(rt):
+        ...     torch.nn.Linear(2, 1)(torch.ones(3, 2)).dtype
+        torch.bfloat16
     """
     return autocast_of(rt.precision, rt.device)
 
 
-def map_models(f: Callable[[Model], Model], models: M) -> M:
-    """`f` on every Model of a tree."""
-    leaves, spec = tree_flatten(models, lambda node: type(node) is Model)
-    return tree_unflatten(spec, [f(leaf) for leaf in leaves])
-
-
-def eval_mode(models: M) -> M:
-    """The same values in evaluation mode; `models` is one Model or any tree of them. Shares the tensors."""
-    return map_models(lambda model: dataclasses.replace(model, training=frozenset()), models)
-
-
-def train_mode(models: M) -> M:
-    """The same values in training mode: the sub-modules that were in it when the module was set up (all, if none was).
-
-    Takes `models`, one Model or any tree of them, and shares the tensors. A part that you froze with
-    `module.part.eval()` before `setup_model` stays in evaluation mode.
-    """
-
-    def train(model: Model) -> Model:
-        engine = engine_of(model)
-        everything = frozenset(name for name, _ in named_modules(engine.frames[0].net))
-        return dataclasses.replace(model, training=engine.training or everything)
-
-    return map_models(train, models)
-
-
-def map_params(f: Callable[..., torch.Tensor], model: Model, *others: Model) -> Model:
-    """`f` on the floating parameters of one or several models of the same shapes: averages, EMA, interpolation.
-
-    Other parameters come from the first model; buffers from the last, since an average of counters is nonsense and
-    the statistics belong to the newest values.
-
-    Args:
-        f: takes one tensor per model and returns a new tensor of the same shape.
-        model, others: models of the same names and shapes, of one engine or of several.
-
-    Returns:
-        A new Model on the first model's engine, in its training mode. It can be evaluated and trained.
-
-    Example:
-        >>> import torch, fabricfn as ff
-        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
-        >>> model = ff.setup_model(rt, torch.nn.Linear(2, 1))
-        >>> zero = ff.map_params(torch.zeros_like, model)
-        >>> ema = ff.map_params(lambda a, b: 0.9 * a + 0.1 * b, model, zero)
-        >>> torch.equal(ema.params["bias"], 0.9 * model.params["bias"])
-        True
-    """
-    for one in (model, *others):
-        one.lease.check("Model")
-    with torch.no_grad():
-        params = {
-            name: f(value, *(other.params[name] for other in others)) if value.is_floating_point() else value.clone()
-            for name, value in model.params.items()
-        }
-    return dataclasses.replace(model, params=params, buffers=(model, *others)[-1].buffers)
+def kept(leaf: Any) -> Any:
+    """A slot is bound to other values later; its present values stay."""
+    return leaf.detach() if isinstance(leaf, nn.Parameter) else leaf
 
 
 def gather_params(rt: Runtime, model: Model) -> dict[str, torch.Tensor]:
     """The full parameters of `model` by name, on every rank, in memory of their own.
 
     Every rank must call it: a strategy that shards parameters communicates here.
+
+    Args:
+        model: the values.
+
+    Returns:
+        On every rank a dict name -> tensor of the full shape, in the parameter's dtype and on its device.
+
+    Raises:
+        DonatedError: the model was given away.
+
+    Example:
+        >>> import torch, fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> model = ff.setup_model(rt, torch.nn.Linear(2, 1))
+        >>> {name: tuple(value.shape) for name, value in ff.gather_params(rt, model).items()}
+        {'weight': (1, 2), 'bias': (1,)}
     """
     model.lease.check("Model")
     return {name: value.clone() for name, value in model.params.items()}
@@ -241,6 +220,24 @@ def to_module(rt: Runtime, model: Model) -> nn.Module:
     """A plain `nn.Module` with the model's values, buffers and training mode, in memory of its own.
 
     What the user's module was before `setup_model`, with the trained values: no hooks or casts of ours are left in it.
+    Not collective under strategies that keep whole parameters on every rank.
+
+    Args:
+        model: the values.
+
+    Returns:
+        A new module of the user's own class, on the model's device.
+
+    Raises:
+        DonatedError: the model was given away.
+        ModelError: a Model that was unpickled has no module behind it.
+
+    Example:
+        >>> import torch, fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> model = ff.setup_model(rt, torch.nn.Linear(2, 1))
+        >>> ff.to_module(rt, model)
+        Linear(in_features=2, out_features=1, bias=True)
     """
     frame = acquire(model, frozen=True)
     try:

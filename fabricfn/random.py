@@ -11,6 +11,8 @@ from collections.abc import Generator
 
 import torch
 
+from fabricfn.errors import ConfigurationError
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Key:
@@ -35,29 +37,61 @@ def _mix(*numbers: int) -> int:
 
 
 def key(seed: int) -> Key:
-    """The key of a seed (any integer).
+    """The key of a seed. Not collective.
+
+    Args:
+        seed: any integer.
+
+    Returns:
+        A `Key`; the same one on every rank and every machine.
 
     Example:
+        >>> from fabricfn import key
         >>> key(0) == key(0), key(0) == key(1)
         (True, False)
     """
     return Key(_mix(seed))
 
 
+def check_key(key: object) -> None:
+    """Raise `ConfigurationError` for anything else: a seed, a tensor that was meant to be an argument."""
+    if type(key) is not Key:
+        raise ConfigurationError(
+            f"a random key is wanted, found {type(key).__name__}. Make one of a seed: ff.fold_in(ff.key(seed), step)."
+        )
+
+
 def fold_in(key: Key, data: int) -> Key:
-    """The key for `data` (a step, an epoch, an index) under `key`.
+    """The key for a number under a key. Not collective.
+
+    Args:
+        key: where the new key comes from; it stays as it is.
+        data: any integer: a step, an epoch, an index, a rank.
+
+    Returns:
+        A `Key`, a function of `key` and `data` alone.
 
     Example:
+        >>> from fabricfn import fold_in, key
         >>> fold_in(key(0), 3) == fold_in(key(0), 4)
         False
     """
+    check_key(key)
     return Key(_mix(key.bits, data))
 
 
 def split(key: Key, num: int = 2) -> tuple[Key, ...]:
-    """`num` independent keys, made of `key`.
+    """Several independent keys, made of one. Not collective.
+
+    Args:
+        key: where the new keys come from; it stays as it is. Key i is `fold_in(key, i)`.
+        num: how many.
+
+    Returns:
+        A tuple of `num` keys.
 
     Example:
+        >>> from fabricfn import key, split
         >>> left, right = split(key(0))
         >>> left == right
         False
@@ -72,6 +106,7 @@ def seeded(key: Key, device: torch.device) -> Generator[None]:
     Handling the generators' own state costs 2 us, `torch.manual_seed` 140 us (measured). Threads share the default
     generator, so randomness under threads-as-ranks is not reproducible.
     """
+    check_key(key)
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])

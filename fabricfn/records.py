@@ -2,91 +2,20 @@
 
 Optimizer is in `states.py`.
 
-[Note: lease] A `Lease` stands for one set of values. Records that hold the very same tensors share it
-(`dataclasses.replace`, `eval_mode`); a record built otherwise (`tree_map`, `load`) has its own. Giving values away with
-`donate=True` spends the lease, and updating tensors in place bumps their versions, so that every other record over the
-same memory is found out when it is bound.
+How long their values live is in [Note: lease], `leases.py`.
 """
 
 import dataclasses
-import operator
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from fabricfn.engine import Engine, Frame
-from fabricfn.errors import DonatedError, GradientError
+from fabricfn.engine import Engine
+from fabricfn.errors import GradientError
+from fabricfn.leases import NO_LEASE, Lease, Place, increment_version, versions_of
 from fabricfn.tree import register
-
-_version = operator.attrgetter("_version")
-increment_version = torch._C._increment_version
-"""What `torch.autograd.graph.increment_version` calls."""
-
-
-class Lease:
-    """The right to one set of values: whether they were given away, and the tensors' versions when it was made."""
-
-    values: Mapping[str, Any] | None = None
-    """The mapping whose tensors this lease is for."""
-    versions: tuple[int, ...] | None = None
-    """Their version counters when the lease was made."""
-    spent: "Place | None" = None
-    """Where the values were given away; None while they are alive."""
-    frames: Sequence[Frame] = ()
-    """The frames whose slots point to these values now."""
-
-    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        if values is not None:  # the defaults are the class's: most leases are made in the hot loop and never looked at
-            self.values = values
-            self.versions = versions_of(values.values())
-
-    def check(self, what: str) -> None:
-        """Raise `DonatedError` when the values were given away, or changed by a record that shares them."""
-        if self.spent is not None:
-            raise DonatedError(
-                f"this {what} was given away with donate=True at {shown(self.spent)}; its memory now belongs to the"
-                " result of that call. Use that result, or call without donate=True."
-            )
-        if self.values is not None and self.versions != versions_of(self.values.values()):
-            raise DonatedError(
-                f"this {what} shares tensors with a record that was given away with donate=True, or they were changed"
-                " in place. Copy before you give away: ff.tree_map(torch.clone, ...)."
-            )
-
-    def spend(self, where: "Place") -> None:
-        """Mark the values as given away at `where`."""
-        self.spent = where
-
-
-NO_LEASE = Lease()
-"""The default of a record that is built from scratch: it gets a lease of its own."""
-
-
-def versions_of(values: Iterable[Any]) -> tuple[int, ...] | None:
-    """The version counter of every tensor; None when some leaf is no tensor (shapes, specs)."""
-    try:
-        return tuple(map(_version, values))
-    except (AttributeError, RuntimeError):  # not a tensor; an inference tensor tracks no version
-        return None
-
-
-Place = tuple[str, int]
-"""A file and a line; put into words only when somebody asks."""
-NOWHERE: Place = ("", 0)
-
-
-def shown(place: Place) -> str:
-    """As messages show it: "train.py:12"."""
-    return f"{place[0].rpartition('/')[2]}:{place[1]}"
-
-
-def caller() -> Place:
-    """Where the function that calls this was called."""
-    frame = sys._getframe(2)
-    return frame.f_code.co_filename, frame.f_lineno
 
 
 class Ref:
@@ -161,7 +90,15 @@ class Model:
         return f"Model({len(self.params)} params, {count:,} numbers, {len(self.buffers)} buffers, {mode})"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.lease.spent is not None:
+            self.lease.check("Model")
         return (_model, (dict(self.params), dict(self.buffers), self.training, self.ref))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a Model has no {name!r}: it is data, with params, buffers and training. Compute with ff.apply(rt, model,"
+            " x), change the mode with ff.eval_mode and ff.train_mode, get an nn.Module with ff.to_module(rt, model)."
+        )
 
 
 def _model(params: Any, buffers: Any, training: frozenset[str], ref: Ref) -> Model:
@@ -169,6 +106,8 @@ def _model(params: Any, buffers: Any, training: frozenset[str], ref: Ref) -> Mod
 
 
 def _flatten_model(model: Model) -> tuple[Sequence[Any], Static, Sequence[str]]:
+    if model.lease.spent is not None:
+        model.lease.check("Model")
     children = (*model.params.values(), *model.buffers.values())
     static = Static(model.ref, (tuple(model.params), tuple(model.buffers), model.training))
     return children, static, (*model.params, *model.buffers)

@@ -79,6 +79,9 @@ def rank_zero_first(rt: Runtime) -> Generator[None]:
     Args:
         rt: the runtime.
 
+    Returns:
+        A context manager that gives None.
+
     Raises:
         Exception: an error of rank 0 inside the block is raised on the others before they enter it.
 

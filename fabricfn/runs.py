@@ -4,18 +4,19 @@
 afterwards. This is the hot loop: work that set-up could have done has no place here.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fabricfn import flat
 from fabricfn.binding import acquire, bind_constants, changed_buffers, check_devices, release, transforming
 from fabricfn.engine import Frame
 from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
-from fabricfn.losses import Buffers, Job, Sums, collect, finish
+from fabricfn.losses import Buffers, Job, Sums, Total, collect, finish, total_of
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, fold_in, seeded
 from fabricfn.records import Grads, Model
@@ -47,13 +48,13 @@ def differentiate(
             frames.append(acquire(model, frozen=False))
         loss, aux, taken = through(rt, job, frames, spec, microbatches, rng)
         changed: list[dict[str, torch.Tensor]] | None = None
-        if frames[0].places or (spec is not None and any(frame.places for frame in frames)):
+        if any(frame.places or frame.absent for frame in frames):
             changed = [changed_buffers(frame, model) for frame, model in zip(frames, leaves, strict=True)]
     finally:
         for frame in frames:
             release(frame)
     if changed is not None and rt.world.group is not None and job.buffers != "local":
-        changed = agreed(changed, job.buffers, rt.world)
+        changed = agreed(changed, [model.buffers for model in leaves], job.buffers, rt.world)
     grads: list[Grads] = []
     for index, model in enumerate(leaves):
         params = MappingProxyType(dict(zip(frames[index].names, taken[index], strict=True)))
@@ -72,23 +73,34 @@ def through(
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of all micro-batches: (loss, aux, gradients), the mean over all of them and all ranks."""
     sums = Sums()
+    total: Total | None = None
+    grad_enabled = torch.is_grad_enabled()
     try:
+        if not grad_enabled:
+            demand_grad()
         for args, kwargs, sync in microbatches:
+            if sync and job.many and not job.weighted and rt.world.group is not None:
+                total = total_of(sums.count + 1, rt.world)
             if rng is None:
                 run_one(rt, job, frames, spec, args, kwargs, sync, sums)
             else:
                 with seeded(fold_in(rng[0], rng[1] + sums.count), rt.device):
                     run_one(rt, job, frames, spec, args, kwargs, sync, sums)
+            if not sync:
+                separate(frames)
         if not sums.count:
             raise ConfigurationError("accumulate got no micro-batch; every rank needs at least one.")
         taken = rt.strategy.gradients(frames, rt.world, allow_unused=job.allow_unused)
-        loss, factor = finish(job, sums, rt.world)
+        loss, factor = finish(job, sums, rt.world, total)
     except BaseException:
         for frame in frames:
             abandon(frame)
         raise
+    finally:
+        if not grad_enabled:
+            torch.set_grad_enabled(False)
     if factor is not None:
-        scale(taken, factor)
+        taken = scale(taken, factor)
     return loss, sums.aux, taken
 
 
@@ -129,28 +141,36 @@ def run_one(
             release(frame)
 
 
-def scale(taken: list[list[torch.Tensor | None]], factor: float) -> None:
-    """Multiply gradients that nobody else has seen yet, in place."""
+def scale(taken: list[list[torch.Tensor | None]], factor: float) -> list[list[torch.Tensor | None]]:
+    """The gradients times a number; not in place, since two parameters' gradients may be views of one tensor."""
     present = [grad for grads in taken for grad in grads if grad is not None]
     if present:
-        torch._foreach_mul_(present, factor)  # pyright: ignore[reportPrivateImportUsage]
+        scaled = iter(torch._foreach_mul(present, factor))  # pyright: ignore
+        taken = [[None if grad is None else next(scaled) for grad in grads] for grads in taken]
+    return taken
 
 
-def agreed(changed: list[dict[str, torch.Tensor]], buffers: Buffers, world: World) -> list[dict[str, torch.Tensor]]:
-    """The changed buffers, equal on all ranks: at most one flat collective for each kind."""
+def agreed(
+    changed: list[dict[str, torch.Tensor]], old: Sequence[Mapping[str, torch.Tensor]], buffers: Buffers, world: World
+) -> list[dict[str, torch.Tensor]]:
+    """The changed buffers, equal on all ranks. Every rank must call it.
+
+    What changed may differ by rank (an expert that one rank used, a batch that left a statistic as it was), so the
+    ranks agree on it first; a rank where such a buffer did not change comes with the old one.
+    """
     assert world.group is not None
-    tensors = [tensor for one in changed for tensor in one.values()]
-    averaged = [tensor for tensor in tensors if buffers == "mean" and tensor.is_floating_point()]
-    copied = [tensor for tensor in tensors if not (buffers == "mean" and tensor.is_floating_point())]
-    means = iter(flat.all_reduce_mean(averaged, world.group) if averaged else ())
-    copies = iter(flat.broadcast(copied, 0, world.group) if copied else ())
-    return [
-        {
-            name: next(means if buffers == "mean" and tensor.is_floating_point() else copies)
-            for name, tensor in one.items()
-        }
-        for one in changed
-    ]
+    names = [(index, name) for index, one in enumerate(old) for name in one]
+    mask = torch.tensor([name in changed[index] for index, name in names], dtype=torch.uint8, device=world.device)
+    dist.all_reduce(mask, dist.ReduceOp.MAX, group=world.group)
+    chosen = [place for place, some in zip(names, cast("list[int]", mask.tolist()), strict=True) if some]
+    mine = [changed[index].get(name, old[index][name]) for index, name in chosen]
+    averaged = [buffers == "mean" and tensor.is_floating_point() for tensor in mine]
+    means = iter(flat.all_reduce_mean([t for t, mean in zip(mine, averaged, strict=True) if mean], world.group))
+    copies = iter(flat.broadcast([t for t, mean in zip(mine, averaged, strict=True) if not mean], 0, world.group))
+    result: list[dict[str, torch.Tensor]] = [{} for _ in old]
+    for (index, name), mean in zip(chosen, averaged, strict=True):
+        result[index][name] = next(means if mean else copies)
+    return result
 
 
 def flatten_models(models: Any) -> tuple[list[Model], Any]:
@@ -166,10 +186,39 @@ def flatten_models(models: Any) -> tuple[list[Model], Any]:
     return leaves, spec
 
 
+def demand_grad() -> None:
+    """Gradients are what the caller wants, whatever mode it is in."""
+    if torch.is_inference_mode_enabled():
+        raise GradientError("gradients cannot be computed inside torch.inference_mode. Leave it, or use ff.value.")
+    torch.set_grad_enabled(True)
+
+
+def separate(frames: list[Frame]) -> None:
+    """Give gradients that share memory memory of their own, before the next micro-batch is added to them.
+
+    Autograd hands out views of one tensor where a sum broadcasts two parameters (`a.unsqueeze(0) + b.unsqueeze(0)`).
+    """
+    slots = [slot for frame in frames for slot in frame.slots if slot.grad is not None]
+    end = 0
+    for slot in sorted(slots, key=start_of):
+        grad = slot.grad
+        assert grad is not None
+        start = grad.data_ptr()
+        if start < end:
+            slot.grad = grad.clone()
+        end = max(end, start + grad.numel() * grad.element_size())
+
+
+def start_of(slot: nn.Parameter) -> int:
+    """The address of a slot's gradient."""
+    return 0 if slot.grad is None else slot.grad.data_ptr()
+
+
 def abandon(frame: Frame) -> None:
     """After an exception: no gradient stays behind, and an engine with state is made again before its next use."""
-    for slot in frame.slots:
+    for slot, trainable in zip(frame.slots, frame.trainable, strict=True):
         slot.grad = None
+        slot.requires_grad_(trainable)
     frame.broken = frame.handle is not None
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from fabricfn.errors import ConfigurationError
-from fabricfn.records import Lease, Ref, Static, versions_of
+from fabricfn.leases import Lease, versions_of
+from fabricfn.records import Ref, Static
 from fabricfn.tree import TreeSpec, path_name, register, tree_flatten, tree_leaves, tree_paths, tree_unflatten
 
 
@@ -125,6 +126,18 @@ class Counter:
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, Counter)
+
+
+def addresses(leaves: Iterable[Any]) -> list[int]:
+    """Where the memory of each tensor among the leaves is, of those that have any; views of one memory agree."""
+    return [place for leaf in leaves if isinstance(leaf, torch.Tensor) and (place := _address(leaf))]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, or a sub-class without a storage of its own
+        return id(tensor)
 
 
 def _flatten_optimizer(opt: Optimizer) -> tuple[Sequence[Any], Static, Sequence[str]]:

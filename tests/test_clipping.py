@@ -136,6 +136,53 @@ def test_gradients_that_share_tensors_find_out_in_both_directions():
     ff.clip_gradients(RT, ff.clip_gradients(RT, clipped, max_norm=1.0, donate=True)[0], max_norm=1.0)
 
 
+@pytest.mark.parametrize("limit", [{"max_norm": 0.1}, {"clip_val": 0.1}])
+def test_gradients_in_one_memory_are_scaled_once(limit):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos, self.seg = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self):
+            return self.pos.unsqueeze(0) + self.seg.unsqueeze(0)
+
+    model = ff.setup_model(RT, Sum().double())
+    _, grads = ff.value_and_grad(RT, lambda net: net().square().sum())(model)
+    shared = torch.full((4,), 3.0, dtype=torch.float64)
+    views = {"pos": shared, "seg": shared.unsqueeze(0)[0]}  # as AccumulateGrad keeps them
+    overlapping = {"pos": shared, "seg": shared[1:]}
+    for params in (dict(grads.params), views, overlapping):
+        record = dataclasses.replace(grads, params=MappingProxyType(params), lease=type(grads.lease)())
+        pure, norm = ff.clip_gradients(RT, record, **limit)
+        donated, donated_norm = ff.clip_gradients(RT, record, **limit, donate=True)
+        assert torch.equal(norm, donated_norm)
+        for name, grad in pure.params.items():
+            assert torch.equal(donated.params[name], grad)
+        with pytest.raises(DonatedError, match=r"test_clipping\.py:\d+"):
+            ff.clip_gradients(RT, record, **limit)
+
+
+def test_the_same_gradients_twice():
+    grads = make()
+    pure, _ = ff.clip_gradients(RT, (grads, grads), max_norm=0.1)
+    donated, _ = ff.clip_gradients(RT, (grads, grads), max_norm=0.1, donate=True)
+    for one, two in zip(optree.tree_leaves(pure), optree.tree_leaves(donated), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(DonatedError):
+        ff.clip_gradients(RT, grads, max_norm=0.1)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("limit", [{"max_norm": 0.1}, {"clip_val": 0.1}])
+def test_a_sparse_gradient_is_refused_by_name(limit, donate):
+    model = ff.setup_model(RT, nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)).double())
+    _, grads = ff.value_and_grad(RT, lambda net, i: net(i).square().sum())(model, torch.tensor([1, 2]))
+    with pytest.raises(GradientError, match=r"0\.weight is torch\.sparse_coo"):
+        ff.clip_gradients(RT, grads, **limit, donate=donate)
+    dense = ff.tree_map(lambda grad: grad.to_dense() if grad.is_sparse else grad, grads)
+    ff.clip_gradients(RT, dense, **limit, donate=donate)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nonfinite_gradients_are_named_on_request(bad):
     grads = make()

@@ -355,3 +355,125 @@ def test_options_are_torchs_and_unknown_ones_are_named():
         ddp(bucket_size=3)
     with pytest.raises(ff.ConfigurationError, match="broadcast_buffers"):
         ddp(broadcast_buffers=True)
+
+
+class Experts(nn.Module):
+    """Two experts with statistics; a rank uses the one of its number."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2))
+
+    def forward(self, x, which):
+        return self.experts[which](x)
+
+
+def unequal_statistics(rt):
+    model = ff.setup_model(rt, Experts())
+    loss = ff.value_and_grad(rt, lambda net, x: net(x, rt.rank).square().mean(), allow_unused=True)
+    _, grads = loss(model, batch(rt))
+    zero = ff.setup_model(rt, nn.Sequential(nn.BatchNorm1d(4)))  # on rank 0 the mean stays as it was: zero
+    _, quiet = ff.value_and_grad(rt, squares)(zero, batch(rt) * rt.rank)
+    return dict(grads.new_buffers), dict(quiet.new_buffers)
+
+
+@pytest.mark.parametrize("strategy", ["functional", "find_unused"])
+def test_statistics_that_change_on_some_ranks_only_are_not_mixed_up(ranks, strategy):
+    (a, quiet_a), (b, quiet_b) = ranks.run(
+        unequal_statistics, strategy=DISTRIBUTED[strategy](), precision=64, world_size=2
+    )
+    assert len(a) == 6
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(quiet_a, quiet_b, rtol=0, atol=0)
+    assert not a["experts.1.1.running_mean"].any() and a["experts.0.1.running_mean"].any()  # rank 0's, by name
+    assert quiet_a["0.running_var"].eq(0.9).all() and not quiet_a["0.running_mean"].any()
+
+
+class Shared(nn.Module):
+    """Autograd hands out two views of one gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * (self.a.unsqueeze(0) + self.b.unsqueeze(0))
+
+
+def shared_gradients(rt):
+    model, x = ff.setup_model(rt, Shared()), batch(rt)
+    module, whole = Shared().double(), torch.cat(batch_of_all(rt.world_size))
+    module(whole).square().mean().backward()
+
+    def summed(net, x):
+        return net(x).square().sum(), x.numel()
+
+    for found in (
+        ff.value_and_grad(rt, summed, weighted=True)(model, x),
+        ff.accumulate(rt, squares)(model, x.tensor_split(2)),
+        ff.accumulate(rt, summed, weighted=True)(model, x.split(1)),
+    ):
+        for name, param in module.named_parameters():
+            torch.testing.assert_close(found[1].params[name], param.grad, rtol=0, atol=1e-12)
+    return True
+
+
+@pytest.mark.parametrize("strategy", [*DISTRIBUTED, "bucket views", "static"])
+def test_gradients_that_share_memory_are_not_changed_twice(ranks, strategy):
+    more = {"bucket views": ddp(gradient_as_bucket_view=True), "static": ddp(static_graph=True)}
+    strategy = more.get(strategy) or DISTRIBUTED[strategy]()
+    if strategy.name == "ddp" and strategy is more["static"]:
+        with pytest.raises(ff.CapabilityError, match="one loss function"):  # three losses, one graph
+            ranks.run(shared_gradients, strategy=strategy, precision=64, world_size=2)
+        return
+    assert_all(ranks.run(shared_gradients, strategy=strategy, precision=64, world_size=2))
+
+
+def uneven_counts(rt):
+    """Rank 0 has one micro-batch, rank 1 two, rank 2 three: the mean is over all six."""
+    model = ff.setup_model(rt, mlp())
+    micro = torch.randn(6, 5, 4, generator=seeded(1), dtype=torch.float64)
+    mine = micro.split([1, 2, 3])[rt.rank]
+    _, grads = ff.accumulate(rt, squares)(model, mine)
+    module = mlp()
+    (sum(squares(module, one) for one in micro) / 6).backward()
+    for name, param in module.named_parameters():
+        torch.testing.assert_close(grads.params[name], param.grad, rtol=0, atol=1e-12)
+
+    def masks(net, x):
+        return net(x).mean(), torch.rand(3)
+
+    (_, drawn), _ = ff.accumulate(rt, masks, has_aux=True)(model, mine, rng=ff.key(0))
+    return torch.stack(drawn)
+
+
+@pytest.mark.parametrize("strategy", DISTRIBUTED)
+def test_ranks_with_other_numbers_of_micro_batches(ranks, strategy):
+    drawn = torch.cat(ranks.run(uneven_counts, strategy=DISTRIBUTED[strategy](), precision=64))
+    one = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
+    model = ff.setup_model(one, nn.Linear(4, 1))
+    (_, expected), _ = ff.accumulate(
+        one, lambda net, x: (net(x).mean(), torch.rand(3)), has_aux=True
+    )(model, [torch.ones(1, 4)] * 6, rng=ff.key(0))  # fmt: skip
+    assert torch.equal(drawn, torch.stack(expected))
+
+
+def garbage(rt):
+    import gc
+    import weakref
+
+    model = ff.setup_model(rt, mlp())
+    grad_fn = ff.value_and_grad(rt, squares)
+    x = batch(rt)
+    seen = weakref.ref(x)
+    gc.disable()
+    grad_fn(model, x)
+    del x
+    alive = seen() is not None
+    gc.enable()
+    return not alive
+
+
+@pytest.mark.parametrize("strategy", DISTRIBUTED)
+def test_a_batch_does_not_wait_for_the_garbage_collector(ranks, strategy):
+    assert_all(ranks.run(garbage, strategy=DISTRIBUTED[strategy](), precision=64, world_size=2))

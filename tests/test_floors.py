@@ -14,16 +14,16 @@ PACKAGE = Path(ff.__file__).parent
 
 # A room is a file or a folder; it imports only rooms on lower floors. Inside a folder, no cycles.
 FLOORS = (
-    ("errors", "world", "tree", "random"),  # words: exceptions, who am I, pytrees, keys
-    ("precision", "accelerators", "environments", "failures", "flat", "permutations"),  # facts, and plain machinery
-    ("engine", "order"),  # the mutable part behind a model; the order of the data
-    ("strategy",),  # what a strategy is
+    ("errors", "world", "tree"),  # words: exceptions, who am I, pytrees
+    ("random", "precision", "accelerators", "environments", "failures", "flat"),  # facts, and plain machinery
+    ("engine", "permutations"),  # the mutable part behind a model; permutations with random access
+    ("strategy", "leases", "order"),  # what a strategy is; who may use which values; the order of the data
     ("strategies", "records"),  # the strategies; the values of training
     ("runtimes", "states"),  # where and how; the optimizer's values
     ("losses",),  # what a loss function returns
     ("binding", "building", "feeds", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
     ("runs",),  # one forward and backward pass
-    ("starting", "model", "gradients", "clipping", "optimizers", "data", "checkpoint", "reporting"),  # the verbs
+    ("starting", "reporting", "model", "modes", "gradients", "clipping", "optimizers", "data", "checkpoint"),  # verbs
     ("testing",),  # worlds, cases, laws
     ("__init__",),  # every public name
 )

@@ -292,6 +292,7 @@ def test_gradients_inside_a_loss(rt):
     torch.testing.assert_close(grads.params["weight"], module.weight.grad, rtol=0, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")  # torch's reducer, on speed
 def test_gradient_penalty(rt):
     module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
@@ -377,6 +378,7 @@ def test_other_values_do_not_compile_again(one_rank, strategy):
     layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     model = ff.setup_model(rt, layers, compile={"backend": "aot_eager"})
     assert "0.weight" in model.params
+    torch._dynamo.reset()
     grad_fn, x = ff.value_and_grad(rt, lambda net, x: net(x).square().mean()), data(6, 4).float()
     start = counts["unique_graphs"]
     grad_fn(model, x)
@@ -400,11 +402,12 @@ def test_compiling_with_torchs_default_back_end(one_rank, given):
         (wrapped := module).compile()
     else:
         wrapped = module
+    torch._dynamo.reset()
     model = ff.setup_model(rt, wrapped, compile=given == "compile=True")
     counts = torch._dynamo.utils.counters["stats"]
     before = counts["unique_graphs"]
     _, grads = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())(model, x)
-    assert counts["unique_graphs"] > before and list(model.params)[0] == "0.weight"
+    assert counts["unique_graphs"] > before and next(iter(model.params)) == "0.weight"
     same_gradients(model, rt, grads, x)
 
 
@@ -469,9 +472,9 @@ def test_tensors_on_two_devices_are_named(rt):
 
 def test_a_loss_must_be_a_scalar_and_depend_on_the_model(rt):
     model = ff.setup_model(rt, nn.Linear(4, 1))
-    with pytest.raises(ff.GradientError, match=r"scalar tensor, found a tensor of shape \(6, 1\)"):
+    with pytest.raises(ff.GradientError, match=r"scalar tensor, found one of shape \(6, 1\)"):
         ff.value_and_grad(rt, lambda net: net(data(6, 4)))(model)
-    with pytest.raises(ff.GradientError, match="found <class 'float'>"):
+    with pytest.raises(ff.GradientError, match=r"found float\. Return the loss itself, without \.item"):
         ff.value_and_grad(rt, lambda net: 1.0)(model)
     with pytest.raises(ff.GradientError, match="does not depend on any trainable parameter"):
         ff.value_and_grad(rt, lambda net: data(6, 4).mean())(model)
@@ -577,3 +580,178 @@ def test_torch_func_over_an_engine_with_hooks_is_refused(one_rank):
     model = ff.setup_model(rt, nn.Linear(4, 1))
     with pytest.raises(ff.CapabilityError, match='strategy="functional"'):
         torch.func.grad(lambda m, x: ff.apply(rt, m, x).mean())(model, data(6, 4))
+
+
+# What a review by attack found
+
+
+def test_parameters_kept_in_a_plain_list_get_their_gradients(rt):
+    class Listed(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 1)
+            self.all = [self.weight]
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.all[0].T
+
+    module = Listed().double()
+    _, grads = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())(ff.setup_model(rt, module), data(6, 4))
+    module(data(6, 4)).square().mean().backward()
+    torch.testing.assert_close(grads.params["weight"], module.weight.grad)
+
+
+def test_reentrant_checkpointing_is_right_or_refused(rt):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def checkpointed(net, x, reentrant):
+        hidden = torch.utils.checkpoint.checkpoint(net[0], x.requires_grad_(), use_reentrant=reentrant)
+        return (net[2](net[1](hidden)) + net[0](x).mean()).square().mean()
+
+    model = ff.setup_model(rt, module)
+    checkpointed(module, data(6, 4), False).backward()
+    _, grads = ff.value_and_grad(rt, checkpointed)(model, data(6, 4), False)
+    torch.testing.assert_close(grads.params["0.weight"], module[0].weight.grad, rtol=0, atol=1e-12)
+    refusals = {"functional": (ff.CapabilityError, "use_reentrant=False"), "ddp": (RuntimeError, "reentrant backward")}
+    if rt.strategy.name in refusals:  # torch's reducer refuses a module that is also used outside of the checkpoint
+        kind, words = refusals[rt.strategy.name]
+        with pytest.raises(kind, match=words):
+            ff.value_and_grad(rt, checkpointed)(model, data(6, 4), True)
+    else:
+        _, grads = ff.value_and_grad(rt, checkpointed)(model, data(6, 4), True)
+        torch.testing.assert_close(grads.params["0.weight"], module[0].weight.grad, rtol=0, atol=1e-12)
+
+
+def test_a_weight_that_requires_grad_is_refused(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    with pytest.raises(ff.GradientError, match="must not require grad"):
+        ff.value_and_grad(rt, lambda net, x: (net(x).sum(), net.weight.sum()), weighted=True)(model, data(2, 4))
+
+
+def test_complex_losses_are_refused(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    with pytest.raises(ff.GradientError, match="complex"):
+        ff.value_and_grad(rt, lambda net, x: net(x).sum() * 1j)(model, data(2, 4))
+
+
+def test_gradients_within_the_callers_no_grad(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).mean())
+    expected = grad_fn(model, data(2, 4))[1]
+    with torch.no_grad():
+        found = grad_fn(model, data(2, 4))[1]
+        assert not torch.is_grad_enabled()
+    assert torch.equal(found.params["weight"], expected.params["weight"])
+    with torch.inference_mode():
+        with pytest.raises(ff.GradientError, match="inference_mode"):
+            grad_fn(model, data(2, 4))
+        with pytest.raises(ff.ModelError, match="inference_mode"):
+            ff.setup_model(rt, nn.Linear(4, 1))
+
+
+def test_what_a_loss_does_to_flags_and_modes_is_undone(rt):
+    model = ff.setup_model(rt, nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1)))
+
+    def freezes(net, x):
+        net[0].requires_grad_(False)
+        return net(x).mean()
+
+    plain = ff.value_and_grad(rt, lambda net, x: (net(x).mean(), net.training), has_aux=True)
+    if rt.strategy.name == "single":
+        with pytest.raises(ff.GradientError, match=r"0\.weight, 0\.bias"):
+            ff.value_and_grad(rt, freezes)(model, data(2, 4))
+    assert plain(model, data(2, 4))[1].params["0.weight"] is not None
+    ff.value_and_grad(rt, lambda net, x: net.eval()(x).mean())(model, data(2, 4))
+    ff.apply(rt, model, data(2, 4), method=lambda net, x: net.eval()(x))
+    (_, training), _ = plain(model, data(2, 4))
+    assert training and ff.apply(rt, model, method=lambda net: net.training)
+
+
+def test_what_apply_returns_keeps_its_values(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    taken = ff.apply(rt, model, method=lambda net: {"w": net.weight})
+    ff.apply(rt, ff.map_params(torch.zeros_like, model), data(2, 4))
+    assert torch.equal(taken["w"], model.params["weight"])
+
+
+def test_constants_with_other_buffers_are_told_apart(rt):
+    module = nn.Linear(4, 1)
+    module.register_buffer("offset", torch.zeros(()))
+    model = ff.setup_model(rt, module)
+    moved = dataclasses.replace(model, buffers={"offset": torch.full((), 5.0, dtype=torch.float64)})
+    offsets = ff.apply(rt, model, model, moved, method=lambda net, a, b: (a.offset.clone(), b.offset.clone()))
+    assert [float(one) for one in offsets] == [0, 5]
+    with pytest.raises(ff.ModelError, match="other buffers.*offset"):
+        ff.apply(rt, dataclasses.replace(model, buffers={}), data(2, 4))
+
+
+class Counts(nn.Linear):
+    def forward(self, x):
+        self.n = self.n + 1
+        return super().forward(x)
+
+
+def test_a_buffer_replaced_in_evaluation_mode_is_kept(rt):
+    module = Counts(4, 1)
+    module.register_buffer("n", torch.zeros(()))
+    model = ff.eval_mode(ff.setup_model(rt, module))
+    _, grads = ff.value_and_grad(rt, lambda net, x: net(x).mean())(model, data(2, 4))
+    assert grads.new_buffers["n"] == 1
+
+
+def test_state_that_no_record_holds_is_refused(rt):
+    class Lazy(nn.Linear):
+        def forward(self, x):
+            self.state = x.detach().mean()
+            return super().forward(x)
+
+    module = Lazy(4, 1)
+    module.register_buffer("state", None)
+    with pytest.raises(ff.ModelError, match="was None when the module was set up"):
+        ff.value_and_grad(rt, lambda net, x: net(x).mean())(ff.setup_model(rt, module), data(2, 4))
+
+
+def test_hooks_on_parameters_are_refused(rt):
+    module = nn.Linear(4, 1)
+    module.weight.register_hook(lambda grad: 0 * grad)
+    with pytest.raises(ff.ModelError, match="hooks of their own.*: weight"):
+        ff.setup_model(rt, module)
+
+
+def test_a_module_that_keeps_an_activation_can_be_copied_later(rt):
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            self.attention = super().forward(x)
+            self.history = [self.attention]
+            return self.attention
+
+    model = ff.setup_model(rt, Keeps(4, 1))
+    ff.value_and_grad(rt, lambda net, x: net(x).mean())(model, data(2, 4))
+    assert ff.apply(rt, model, data(2, 4)).shape == (2, 1)
+    assert ff.to_module(rt, model)(data(2, 4)).shape == (2, 1)
+
+
+def test_nested_gradients_under_autocast_see_their_own_values(one_rank):
+    rt = one_rank("single", "bf16-mixed")
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    zero = ff.map_params(torch.zeros_like, model)
+    inner = ff.value_and_grad(rt, lambda net, x: net(x).float().square().mean())
+
+    def outer(net, x):
+        return net(x).float().mean(), (inner(model, x)[0], inner(zero, x)[0])
+
+    (_, (a, b)), _ = ff.value_and_grad(rt, outer, has_aux=True)(model, data(2, 4).float())
+    assert a > 0 and b == 0
+
+
+def test_a_seed_is_no_key(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    with pytest.raises(ff.ConfigurationError, match=r"found int.*ff\.key\(seed\)"):
+        ff.value_and_grad(rt, lambda net, x: net(x).mean())(model, data(2, 4), rng=1)
+    with pytest.raises(ff.ConfigurationError, match=r"found int"):
+        ff.apply(rt, model, data(2, 4), rng=1)
+
+
+def test_a_model_is_data_and_says_so(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+    with pytest.raises(AttributeError, match=r"no 'state_dict': it is data.*ff\.to_module"):
+        model.state_dict()

@@ -1,4 +1,4 @@
-"""The laws of DESIGN section 5 over the table of strategies, and the laws themselves: each must be able to fail."""
+"""The laws of `fabricfn.testing` over the table of strategies, and the laws themselves: each must be able to fail."""
 
 import subprocess
 import sys

@@ -294,3 +294,13 @@ def test_an_alias_that_was_never_bound_is_donated_and_the_bound_original_finds_o
         with pytest.raises(ff.DonatedError):
             use()
     assert_right(rt, new)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [copy.deepcopy, pickle.dumps, ff.eval_mode, ff.train_mode, lambda m: optree.tree_map(torch.clone, m)],
+)
+def test_copying_too_late_is_refused(rt, model, use):
+    donated_step(rt, model)
+    with pytest.raises(ff.DonatedError, match=r"donate=True at test_leases\.py"):
+        use(model)

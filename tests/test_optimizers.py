@@ -270,6 +270,28 @@ def test_a_failing_step_leaves_pure_inputs_and_spends_donated_ones():
         ff.optimizer_step(RT, model, opt, grads)
 
 
+def test_after_a_failing_donated_step_no_record_over_the_tensors_goes_on():
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].data.add_(1.0)  # as a kernel: no version tells of it
+            raise ArithmeticError("in the middle")
+
+    for bound in (0, 1):
+        model = ff.setup_model(RT, net())
+        opt = ff.setup_optimizer(RT, model, Failing, lr=0.1)
+        grads = grads_of(model)
+        records = model, ff.tree_map(lambda tensor: tensor, model)
+        grads_of(records[bound])
+        with pytest.raises(ArithmeticError):
+            ff.optimizer_step(RT, model, opt, grads, donate=True)
+        for record in records:
+            with pytest.raises(DonatedError):
+                grads_of(record)
+        assert not model.lease.frames
+        assert all(frame.owner is None for frame in model.ref.engine.frames)
+
+
 def with_none(grads, *names):
     params = {name: None if name in names else grad for name, grad in grads.params.items()}
     return dataclasses.replace(grads, params=MappingProxyType(params), lease=type(grads.lease)())
@@ -446,6 +468,38 @@ def test_the_same_model_twice_cannot_be_donated():
         ff.optimizer_step(RT, [model, model], opt, [grads, grads], donate=True)
 
 
+def test_parameters_that_share_memory_cannot_be_donated():
+    model = ff.setup_model(RT, net())
+    grads = grads_of(model)
+    pair = model, ff.tree_map(torch.detach, model)
+    opt = ff.setup_optimizer(RT, pair, torch.optim.SGD, lr=0.1)
+    with pytest.raises(ModelError, match=r"0\.weight and 0\.weight share memory"):
+        ff.optimizer_step(RT, pair, opt, (grads, grads), donate=True)
+    pure, _ = ff.optimizer_step(RT, pair, opt, (grads, grads))
+    donated, _ = ff.optimizer_step(RT, ff.tree_map(torch.clone, pair), opt, (grads, grads), donate=True)
+    assert_intact(snapshot(pure), donated)
+    tensor = model.params["0.weight"]
+    tied = dataclasses.replace(model, params={**model.params, "0.weight": tensor, "1.weight": tensor})
+    with pytest.raises(ModelError, match=r"0\.weight and 1\.weight share memory"):
+        ff.optimizer_step(RT, tied, ff.setup_optimizer(RT, tied, torch.optim.SGD), grads_of(tied), donate=True)
+
+
+def test_frozen_and_empty_parameters_that_share_memory_can_be_donated():
+    module = nn.ModuleList([nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)])
+    module.append(nn.ParameterDict({"weight": torch.ones(0)}))
+    model = ff.setup_model(RT, module.double())
+
+    def loss(models):
+        return sum(one[1](one[0](torch.ones(1, 2, dtype=torch.float64))).sum() + one[2].weight.sum() for one in models)
+
+    other = ff.map_params(torch.clone, model)
+    other = dataclasses.replace(other, params={**other.params, "0.weight": model.params["0.weight"]})
+    opt = ff.setup_optimizer(RT, (model, other), torch.optim.SGD, lr=0.1)
+    _, grads = ff.value_and_grad(RT, loss)((model, other))
+    after, _ = ff.optimizer_step(RT, (model, other), opt, grads, donate=True)
+    assert after[0].params["0.weight"] is after[1].params["0.weight"]
+
+
 def test_frozen_parameters_are_left_out_and_shared():
     module = net()
     module[0].requires_grad_(False)
@@ -525,6 +579,86 @@ def test_hooks_of_an_instance_are_called():
     model = ff.setup_model(RT, module)
     functionally(model, ff.setup_optimizer(RT, model, instance), steps=2)
     assert calls == [1, 1]
+
+
+class Halving(torch.optim.SGD):
+    """Changes gradients in place, as gradient centralisation and clipping within the optimizer do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        self.halve()
+        super().step()
+        return loss
+
+    def halve(self):
+        for param in self.param_groups[0]["params"]:
+            param.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("how", ["class", "hook", "closure"])
+def test_a_pure_step_keeps_the_gradients_that_the_users_code_changes(how):
+    module = net()
+    instance = (Halving if how != "hook" else torch.optim.SGD)(module.parameters(), lr=0.1)
+    if how == "hook":
+        instance.register_step_pre_hook(lambda opt, *_: Halving.halve(opt))
+    model = ff.setup_model(RT, module)
+    opt = ff.setup_optimizer(RT, model, instance)
+    grads = grads_of(model)
+    before = snapshot(grads)
+    arguments = {"closure": lambda _: (0.0, grads)} if how == "closure" else {"grads": grads}
+    one, _ = ff.optimizer_step(RT, model, opt, **arguments)
+    two, _ = ff.optimizer_step(RT, model, opt, **arguments)
+    assert_intact(before, grads)
+    same(two, list(one.params.values()))
+    plain = ff.setup_optimizer(RT, model, torch.optim.SGD, lr=0.05)
+    same(one, list(ff.optimizer_step(RT, model, plain, grads)[0].params.values()), atol=1e-15)
+
+
+class Late(torch.optim.Optimizer):
+    """Creates its attributes in the first step; one of them looks at the parameters."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.t = getattr(self, "t", 0) + 1
+        self.moving = getattr(self, "moving", None) or [p for group in self.param_groups for p in group["params"]]
+        for param in self.moving:
+            param.add_(param.grad, alpha=-0.1 / self.t)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_attributes_that_appear_in_the_first_step_are_kept(donate):
+    module = net()
+    model = ff.setup_model(RT, module)
+    model, opt = functionally(model, ff.setup_optimizer(RT, model, Late), donate=donate)
+    same(model, by_hand(Late(module.parameters()), module))
+    assert opt.shared == {"t": 4}
+
+
+def test_a_class_of_the_users_own_over_lbfgs():
+    class Own(torch.optim.LBFGS):
+        """`t` is a slot of LBFGS, too."""
+
+        def step(self, closure):
+            self.t = getattr(self, "t", 0) + 1
+            return super().step(closure)
+
+    model = ff.setup_model(RT, net())
+    found = []
+    for cls in (torch.optim.LBFGS, Own):
+        after, opt = model, ff.setup_optimizer(RT, model, cls, lr=0.5, max_iter=5)
+        for _ in range(2):
+            after, opt = ff.optimizer_step(
+                RT, after, opt, closure=lambda m: ff.value_and_grad(RT, loss_fn)(m, inputs(0))
+            )
+            opt = optimizer_from_tree(opt, optimizer_to_tree(opt))
+        found.append(after)
+    same(found[1], list(found[0].params.values()))
+    assert opt.shared["self.t"] == 2
+    assert opt.shared["t"] == 0.5
 
 
 class Counting(torch.optim.SGD):
@@ -646,6 +780,39 @@ def test_an_init_update_pair(shape, donate):
     same(still, list(model.params.values()))
     with pytest.raises(ConfigurationError, match="leave out"):
         ff.setup_optimizer(RT, model, shape(momentum()), lr=0.1)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_a_pair_keeps_of_its_arguments_stays_as_it_was(donate):
+    def init(params):
+        return {"first": params, "before": params, "grads": params}
+
+    def update(grads, state, params):
+        return {name: -0.1 * grad for name, grad in grads.items()}, {**state, "before": dict(params), "grads": grads}
+
+    model = ff.setup_model(RT, net())
+    first = ff.map_params(torch.clone, model)
+    opt = ff.setup_optimizer(RT, model, (init, update))
+    for step in range(3):
+        before, grads = ff.map_params(torch.clone, model), grads_of(model, step)
+        wanted = snapshot(dict(first.params), dict(before.params), dict(grads.params))
+        model, opt = ff.optimizer_step(RT, model, opt, grads, donate=donate)
+        if not donate:
+            ff.clip_gradients(RT, grads, max_norm=1e-3, donate=True)
+        assert_intact(wanted, opt.state["first"], opt.state["before"], opt.state["grads"])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_the_updates_of_a_pair_may_be_the_parameters_themselves(donate):
+    def update(grads, state, params):
+        return {"0.weight": params["1.weight"], "1.weight": params["0.weight"]}, state
+
+    model = ff.setup_model(RT, net())
+    opt = ff.setup_optimizer(RT, model, (lambda params: (), update), params="*.weight")
+    total = model.params["0.weight"] + model.params["1.weight"]
+    after, _ = ff.optimizer_step(RT, model, opt, grads_of(model), donate=donate)
+    assert torch.equal(after.params["0.weight"], total)
+    assert torch.equal(after.params["1.weight"], total)
 
 
 def test_a_pair_over_a_part_of_two_models():
@@ -773,6 +940,9 @@ def test_wrong_steps_are_refused():
         ff.optimizer_step(RT, model, opt, grads, learning_rate=1)
     with pytest.raises(ConfigurationError, match="1 groups"):
         ff.optimizer_step(RT, model, opt, grads, lr=[1, 2])
+    with pytest.raises(ConfigurationError, match="amsgrad .* must be given to setup_optimizer"):
+        ff.optimizer_step(RT, model, opt, grads, amsgrad=True, donate=True)
+    ff.optimizer_step(RT, model, opt, grads, amsgrad=False)
     with pytest.raises(ConfigurationError, match="must return"):
         ff.optimizer_step(RT, model, opt, closure=lambda m: grads)
     with pytest.raises(ConfigurationError, match="one Model"):

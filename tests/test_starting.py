@@ -306,8 +306,12 @@ def test_ctrl_c_ends_the_ranks():
             signal.pause()
         meet(rt)
 
-    with pytest.raises(KeyboardInterrupt):
-        ff.launch(fn, **TWO)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it as ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ff.launch(fn, **TWO)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ranks_start_again_after_a_failure():

@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from fabricfn.checkpoint.manifest import class_of
-from fabricfn.records import Grads, Lease, Model, Place, handed_on
+from fabricfn.leases import Lease, Place
+from fabricfn.records import Grads, Model, handed_on
 from fabricfn.states import Optimizer, optimizer_from_tree, optimizer_to_tree
 
 

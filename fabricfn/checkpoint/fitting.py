@@ -15,7 +15,7 @@ from fabricfn.checkpoint.arrays import identity
 from fabricfn.checkpoint.manifest import Leaf, Manifest, Node, class_of, path_text
 from fabricfn.checkpoint.matching import fits, leaf_of, leaf_text, node_text, unfillable
 from fabricfn.checkpoint.outline import MAPPINGS, Only, Path, leaf_paths, selector
-from fabricfn.records import Place
+from fabricfn.leases import Place
 
 Tree = Node | int | None
 

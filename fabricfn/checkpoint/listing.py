@@ -65,8 +65,22 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Summary:
     Args:
         path: the checkpoint's folder.
 
+    Returns:
+        A `Summary`: when and by how many ranks it was saved, its size in bytes, and an `Entry` for each leaf; `print`
+        shows it as a table.
+
     Raises:
         CheckpointError: there is no checkpoint, or its manifest, a file's size or a file's header is damaged.
+
+    Example:
+        >>> import tempfile, torch, fabricfn as ff
+        >>> with tempfile.TemporaryDirectory() as folder, ff.runtime(devices=1, accelerator="cpu") as rt:
+        ...     receipt = ff.save(rt, folder + "/last", {"w": torch.ones(2), "epoch": 3})
+        ...     summary = ff.inspect_checkpoint(receipt.path)
+        >>> for entry in summary.entries:
+        ...     print(entry)
+        w: float32[2]
+        epoch = 3
     """
     with opened(path) as source:
         manifest = source.manifest
@@ -103,10 +117,18 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Summary:
         path: the checkpoint's folder.
 
     Returns:
-        what it contains.
+        What it contains, as `inspect_checkpoint` does.
 
     Raises:
         CheckpointError: something is missing or damaged; the message names every damaged entry and its file.
+
+    Example:
+        >>> import tempfile, torch, fabricfn as ff
+        >>> with tempfile.TemporaryDirectory() as folder, ff.runtime(devices=1, accelerator="cpu") as rt:
+        ...     receipt = ff.save(rt, folder + "/last", {"w": torch.ones(2), "epoch": 3})
+        ...     summary = ff.verify_checkpoint(receipt.path)
+        >>> len(summary.entries), summary.world_size
+        (2, 1)
     """
     summary = inspect_checkpoint(path)
     with opened(path) as source:
@@ -150,6 +172,20 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
     Manifests, file sizes and file headers are checked, the arrays are not read (`verify_checkpoint` does). A folder
     that does not exist has none. Not collective, imports no torch.
+
+    Args:
+        folder: the folder that holds checkpoints.
+
+    Returns:
+        Their paths; on every rank what that rank sees on its own disk.
+
+    Example:
+        >>> import tempfile, torch, fabricfn as ff
+        >>> with tempfile.TemporaryDirectory() as folder, ff.runtime(devices=1, accelerator="cpu") as rt:
+        ...     for step in (2, 10):
+        ...         receipt = ff.save(rt, f"{folder}/step-{step}", {"w": torch.ones(2)})
+        ...     [path.name for path in ff.list_checkpoints(folder)]
+        ['step-2', 'step-10']
     """
     return [path for path in _candidates(folder) if _trouble(path) is None]
 
@@ -162,9 +198,24 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
     Args:
         folder: the folder that holds checkpoints; of a folder that is one itself, take the parent.
 
+    Raises:
+        CheckpointError: the folder is a checkpoint itself.
+
     Returns:
-        its path, or None when there is none: `if path := ff.latest(folder): state = ff.load(rt, path, state)`.
+        Its path, or None when there is none: `if path := ff.latest(folder): state = ff.load(rt, path, state)`.
+
+    Example:
+        >>> import tempfile, torch, fabricfn as ff
+        >>> with tempfile.TemporaryDirectory() as folder, ff.runtime(devices=1, accelerator="cpu") as rt:
+        ...     for step in (2, 10):
+        ...         receipt = ff.save(rt, f"{folder}/step-{step}", {"w": torch.ones(2)})
+        ...     ff.latest(folder).name
+        'step-10'
     """
+    if (Path(folder) / MANIFEST).exists():
+        raise CheckpointError(
+            f"{os.fspath(folder)} is a checkpoint itself: pass it to ff.load, or the folder that holds it to ff.latest."
+        )
     passed: list[str] = []
     for path in reversed(_candidates(folder)):
         trouble = _trouble(path)

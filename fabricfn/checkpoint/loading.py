@@ -17,7 +17,7 @@ from fabricfn.checkpoint.manifest import ARRAYS, Leaf, path_text, plain_value
 from fabricfn.checkpoint.opening import Source, opened
 from fabricfn.checkpoint.outline import Only, listing, nothing_selected, prune
 from fabricfn.errors import CheckpointError, MismatchError
-from fabricfn.records import Place, caller
+from fabricfn.leases import Place, caller
 from fabricfn.runtimes import Runtime
 
 READERS = 4

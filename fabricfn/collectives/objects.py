@@ -17,7 +17,7 @@ def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
     Args:
         rt: the runtime.
         name: what is waited for; ranks that wait at barriers of different names get an error that says so.
-        axis: None for all ranks, or a tuple of ranks.
+        axis: None for all ranks, or a tuple of ranks; all of them must call it.
 
     Raises:
         MismatchError: another rank is at another barrier or in another collective.
@@ -37,7 +37,7 @@ def all_gather_object(rt: Runtime, obj: Any, *, axis: Axis = None) -> list[Any]:
     Args:
         rt: the runtime.
         obj: may differ in every respect between ranks.
-        axis: None for all ranks, or a tuple of ranks.
+        axis: None for all ranks, or a tuple of ranks; all of them must call it.
 
     Returns:
         On every rank a list of copies.

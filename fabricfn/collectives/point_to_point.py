@@ -21,6 +21,8 @@ def send(rt: Runtime, tree: Tree, dst: int) -> None:
     It returns when the other rank has taken it: two ranks that both send first get an error, and in a ring of more
     than two, where everybody sends first, all wait for each other. There, use `all_to_all`.
 
+    Not collective: the two ranks alone call it.
+
     Args:
         rt: the runtime.
         tree: dense tensors of any dtype, and numbers.
@@ -29,6 +31,15 @@ def send(rt: Runtime, tree: Tree, dst: int) -> None:
     Raises:
         ConfigurationError: there is no such other rank, or a leaf cannot be sent.
         MismatchError: the trees differ, or both ranks send; on both ranks.
+
+    Example:
+        >>> import torch, fabricfn as ff
+        >>> def pass_on(rt):  # on every rank of two
+        ...     if rt.rank == 0:
+        ...         return ff.send(rt, {"x": torch.tensor([1, 2])}, dst=1)
+        ...     return ff.recv(rt, {"x": torch.tensor([0, 0])}, src=0)
+        >>> ff.testing.run(pass_on, world_size=2)
+        [None, {'x': tensor([1, 2])}]
     """
     members, parcel, tensors, agreement = _meet(rt, tree, rt.rank, dst)
     assert members.group is not None
@@ -42,7 +53,7 @@ def send(rt: Runtime, tree: Tree, dst: int) -> None:
 
 
 def recv(rt: Runtime, like: Tree, src: int) -> Tree:
-    """Receive the tree that rank `src` sends.
+    """Receive the tree that rank `src` sends. Not collective: the two ranks alone call it.
 
     Args:
         rt: the runtime.
@@ -50,11 +61,23 @@ def recv(rt: Runtime, like: Tree, src: int) -> Tree:
         src: another rank, which calls `send(rt, tree, dst)`.
 
     Returns:
-        A new tree.
+        A new tree, on the devices of `like`.
 
     Raises:
         ConfigurationError: there is no such other rank, or a leaf cannot be received.
         MismatchError: the trees differ, or both ranks receive; on both ranks.
+
+    Example:
+        >>> import fabricfn as ff
+        >>> def swap(rt):  # one of two ranks sends first, the other one receives first
+        ...     if rt.rank == 0:
+        ...         ff.send(rt, 10, dst=1)
+        ...         return ff.recv(rt, 0, src=1)
+        ...     received = ff.recv(rt, 0, src=0)
+        ...     ff.send(rt, 11, dst=0)
+        ...     return received
+        >>> ff.testing.run(swap, world_size=2)
+        [11, 10]
     """
     members, parcel, tensors, agreement = _meet(rt, like, src, rt.rank)
     assert members.group is not None

@@ -43,10 +43,10 @@ def gather(rt: Runtime, tree: Tree, dst: int = 0, *, axis: Axis = None) -> Tree 
         rt: the runtime.
         tree: dense tensors of any dtype, and numbers.
         dst: the rank (in the world) that gets the result.
-        axis: None for all ranks, or a tuple of ranks. See [Note: collectives].
+        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
-        On `dst` a new tree of tensors [world_size, *s]; None on the others. Every rank must call it.
+        On `dst` a new tree of tensors [world_size, *s]; None on the others.
 
     Raises:
         MismatchError: the ranks' calls or trees differ; on every rank.
@@ -84,7 +84,7 @@ def broadcast(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tr
             are no pytree nodes). What the other ranks pass is ignored; where it has the same structure, shapes and
             dtypes (and nothing but tensors), two messages fewer are needed.
         src: the rank (in the world) whose tree it is.
-        axis: None for all ranks, or a tuple of ranks. See [Note: collectives].
+        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         On every rank, `src` included, a new tree; tensors that were on the device of `src` are on the device of this
@@ -131,7 +131,7 @@ def scatter(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tree
         rt: the runtime.
         tree: on `src` a tree of tensors [world_size, *s]; what the other ranks pass is ignored, None will do.
         src: the rank (in the world) whose tree it is.
-        axis: None for all ranks, or a tuple of ranks. See [Note: collectives].
+        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         On every rank a new tree of tensors [*s].

@@ -41,7 +41,7 @@ def all_reduce(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = None, 
             "product" take no bool tensors, and count Python bools.
         op: "mean", "sum", "max", "min", "product", "any" or "all". Sums and means are the backend's; the others cost
             one row a rank up to 1 MiB, and an all-to-all and a gather above.
-        axis: None for all ranks, or a tuple of ranks. See [Note: collectives].
+        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
         differentiable: keep the graph ("mean" and "sum"). The gradient that arrives is that of the sum of all ranks'
             losses, and every rank must run the backward pass.
 
@@ -95,7 +95,7 @@ def all_gather(
     Args:
         rt: the runtime.
         tree: dense tensors of any dtype, and numbers, of which tensors [world_size] of 64 bits are made.
-        axis: None for all ranks, or a tuple of ranks. See [Note: collectives].
+        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
         uneven: concatenate along dim 0 instead, by rank; first dimensions may differ between ranks, and be 0. What has
             no dimension counts as one row.
         differentiable: keep the graph, for contrastive losses. The gradient that arrives is that of the sum of all
@@ -145,7 +145,7 @@ def reduce_scatter(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = No
         rt: the runtime.
         tree: tensors [n, ...], n a multiple of the number of ranks.
         op: as in `all_reduce`.
-        axis: None for all ranks, or a tuple of ranks. See [Note: collectives].
+        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         On rank r a new tree of tensors [n / world_size, ...]: rows r * n / world_size and following of the reduction.
@@ -179,7 +179,7 @@ def all_to_all(rt: Runtime, tree: Tree, *, axis: Axis = None) -> Tree:
     Args:
         rt: the runtime.
         tree: tensors [n, ...], n a multiple of the number of ranks; part i goes to rank i.
-        axis: None for all ranks, or a tuple of ranks. See [Note: collectives].
+        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         A new tree of the same shapes: part i came from rank i. Applied twice it gives back the tree.

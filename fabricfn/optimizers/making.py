@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fabricfn.errors import ConfigurationError
 from fabricfn.optimizers import fused, stock, transforms
-from fabricfn.optimizers.kernels import KERNELS, kernel_for
+from fabricfn.optimizers.kernels import KERNELS, clones, kernel_for
 from fabricfn.optimizers.layout import Pattern, divide, models_of, moving_of, select
 from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
@@ -87,7 +87,7 @@ def _from_pair(
     name = getattr(pair[1], "__qualname__", "update").partition(".")[0]
     plan = whole.plan(name, (), transforms.Pair(init=pair[0], update=pair[1], covered=covered), transforms)
     with torch.no_grad():
-        state = pair[0](transforms.tree_of(plan, whole.values, covered))
+        state = pair[0](transforms.tree_of(plan, clones(whole.values), covered))
     return Optimizer(store=state, shared={}, hyperparams=(), step=0, plan=plan)
 
 

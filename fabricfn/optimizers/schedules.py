@@ -35,7 +35,7 @@ def schedule_from_torch(
     """A `torch.optim.lr_scheduler` as a pure function of the step: `optimizer_step(..., **schedule(opt.step))`.
 
     The values are those that the scheduler itself gives after that many of its steps, exactly, in any order of calls:
-    asked for step n, it is stepped up to n once, and remembered.
+    asked for step n, it is stepped up to n once, and remembered. Not collective.
 
     Args:
         scheduler: a scheduler class, or any function `(optimizer, **options) -> scheduler`.

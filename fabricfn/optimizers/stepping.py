@@ -1,7 +1,7 @@
 """One step of any optimizer: pure, or in place with `donate=True`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fabricfn.errors import ConfigurationError, ModelError
+from fabricfn.leases import NOWHERE, Place, caller, unbind
 from fabricfn.optimizers.kernels import clones
 from fabricfn.optimizers.layout import joined, mappings, parts, values_of
-from fabricfn.records import NOWHERE, Grads, Model, Place, caller, check_fit, handed_on, renewed
+from fabricfn.records import Grads, Model, check_fit, handed_on, renewed
 from fabricfn.runtimes import Runtime
-from fabricfn.states import Optimizer, Plan, exposed
+from fabricfn.states import Optimizer, Plan, addresses, exposed
 
 M = TypeVar("M")
 Closure = Callable[[Any], tuple[Any, Any]]
@@ -81,8 +82,8 @@ def optimizer_step(
     hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
     if not donate:
         params = _copied(plan, params)
-    elif len({id(model.lease) for model in given}) < len(given):
-        raise ModelError("the same Model stands twice in this tree; with donate=True it would be updated twice.")
+    elif len(set(map(id, params) if len(given) == 1 else addresses(params))) < len(params):
+        _refuse_shared(plan, given, params)
     trial = None if closure is None else _Trial(plan, given, params, closure)
     where = caller() if donate else NOWHERE
     try:
@@ -91,7 +92,7 @@ def optimizer_step(
         )
     except BaseException:
         if donate:  # half of the tensors may be changed
-            _spend(given, opt, found, where)
+            _spend(plan, given, params, opt, found, where)
         raise
     buffers = [one.new_buffers for one in found] if trial is None else trial.buffers
     if donate:
@@ -176,12 +177,21 @@ def overridden(opt: Optimizer, overrides: Mapping[str, Any]) -> tuple[Mapping[st
             raise ConfigurationError(
                 f"{name}={value} has {len(value)} values; the optimizer has {count} groups"  # pyright: ignore[reportUnknownArgumentType]
             )
-    return tuple(
-        MappingProxyType(
-            {**group, **{key: value[i] if type(value) is list else value for key, value in overrides.items()}}
-        )
-        for i, group in enumerate(opt.hyperparams)
-    )
+    out: list[Mapping[str, Any]] = []
+    for i, group in enumerate(opt.hyperparams):
+        own: dict[str, Any] = {key: value[i] if type(value) is list else value for key, value in overrides.items()}
+        for name in _SETTLED & own.keys():
+            if own[name] and not group[name]:
+                raise ConfigurationError(
+                    f"{name} needs state from the first step on and cannot begin with an override; it must be given to"
+                    f" setup_optimizer: setup_optimizer(rt, models, {opt.plan.name}, {name}={own[name]})."
+                )
+        out.append(MappingProxyType({**group, **own}))
+    return tuple(out)
+
+
+_SETTLED = frozenset({"amsgrad", "centered"})
+"""The hyperparameters of torch's classes that decide which state there is."""
 
 
 class _Trial:
@@ -215,16 +225,47 @@ class _Trial:
         return loss, gradients
 
 
-def _spend(models: Sequence[Model], opt: Optimizer, grads: Sequence[Grads], where: Place) -> None:
-    for record in (*models, opt, *grads):
-        record.lease.spend(where)
+def _refuse_shared(plan: Plan, models: Sequence[Model], params: Sequence[Tensor]) -> None:
+    """Raise `ModelError` if two parameters that move have one memory; frozen ones may be shared."""
+    if len({id(model.lease) for model in models}) < len(models):
+        raise ModelError("the same Model stands twice in this tree; with donate=True it would be updated twice.")
+    moving = repeat(True) if plan.moving is None else plan.moving
+    names = (name for names in plan.names for name in names)
+    known: dict[int, str] = {}
+    for name, param in compress(zip(names, params, strict=True), moving):
+        for address in addresses([param]):
+            if address in known:
+                raise ModelError(
+                    f"{known[address]} and {name} share memory; with donate=True it would be updated twice. Copy"
+                    " first: models = ff.tree_map(torch.clone, models)."
+                )
+            known[address] = name
+
+
+def _spend(
+    plan: Plan,
+    models: Sequence[Model],
+    params: Sequence[Tensor],
+    opt: Optimizer,
+    grads: Sequence[Grads],
+    where: Place,
+) -> None:
+    """Spend everything after a step that failed; no frame may go on with the values, nor records that share them."""
+    for model, touched in zip(models, _touched(plan, params), strict=True):
+        unbind(handed_on(model, None, where, touched).lease)
+    _spend_rest(opt, grads, where)
 
 
 def _give_away(opt: Optimizer, grads: Sequence[Grads], where: Place, after: Optimizer) -> None:
     """Spend opt and grads. Where other records may hold the state's tensors, let them find out by the versions."""
+    _spend_rest(opt, grads, where)
+    if opt.lease.values is not None:
+        exposed(after)
+
+
+def _spend_rest(opt: Optimizer, grads: Sequence[Grads], where: Place) -> None:
     opt.lease.spend(where)
     for one in grads:
         one.lease.spend(where)
     if opt.lease.values is not None:
         torch.autograd.graph.increment_version([t for t in opt.lease.values.values() if isinstance(t, Tensor)])
-        exposed(after)

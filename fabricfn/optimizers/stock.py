@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fabricfn.errors import ConfigurationError, GradientError
 from fabricfn.optimizers.layout import is_tensor, mirrored, rows_of
-from fabricfn.states import Optimizer, Plan
+from fabricfn.states import Optimizer, Plan, addresses
 from fabricfn.tree import tree_leaves, tree_map
 
 Row = dict[str, Any]
@@ -32,8 +32,8 @@ class Stock:
     cls: type[torch.optim.Optimizer]
     attributes: Mapping[str, Any]
     """What an instance has besides state and groups: defaults, hooks, settings."""
-    kept: frozenset[str]
-    """The attributes that are state of the user's own class."""
+    own: bool
+    """A class of the user's own: it may keep state on itself, and change gradients."""
     aliases: Mapping[str, tuple[int, ...]]
     """The attributes that are lists of parameters, as positions."""
     joint: bool
@@ -67,18 +67,23 @@ def taken_apart(
     detail = Stock(
         cls=cls,
         attributes={key: value for key, value in attributes.items() if key not in kept},
-        kept=kept,
+        own=own,
         aliases=aliases,
         joint=issubclass(cls, torch.optim.LBFGS),
         needs_closure=closure is not None and closure.default is inspect.Parameter.empty,
     )
     by_position = {positions[id(key)]: row for key, row in state.items() if id(key) in positions}
     rows: list[Row] = [_copied(by_position.get(i, {})) for group in groups for i in group]
-    shared: Row = {key: _copied(attributes[key]) for key in kept}
+    shared: Row = {_prefix(detail) + key: _copied(attributes[key]) for key in kept}
     shared |= {f"state.{key}": _copied(row) for key, row in state.items() if isinstance(key, str)}
     if detail.joint:
         shared, rows = {**shared, **rows[0]}, [{} for _ in rows]
     return detail, rows, shared
+
+
+def _prefix(detail: Stock) -> str:
+    """Of the attributes in `shared`, where the slots of a joint state are their neighbours."""
+    return "self." if detail.joint else ""
 
 
 _BASE = frozenset(
@@ -139,18 +144,23 @@ def advance(
     used = [params[i] for i in positions]
     rows, shared = (_containers if donate else _copied)((opt.store, dict(opt.shared)))
     if detail.joint:
-        rows[0], shared = shared, Row()
+        rows[0] = {key: shared.pop(key) for key in [*shared] if not key.startswith(("self.", "state."))}
     instance = _put_together(plan, detail, params, used, rows, shared, hyperparams)
+    copying = (detail.own or _hooked(instance)) and not (donate and evaluate is None)
+
+    def set_gradients(found: Sequence[Tensor | None]) -> None:
+        own = [found[i] for i in positions]
+        _set(used, [None if grad is None else grad.clone() for grad in own] if copying else own, plan)
 
     def closure() -> Any:
         assert evaluate is not None
         loss, found = evaluate()
-        _set(used, [found[i] for i in positions], plan)
+        set_gradients(found)
         return loss
 
     try:
         if evaluate is None:
-            _set(used, [grads[i] for i in positions], plan)
+            set_gradients(grads)
             instance.step()
         else:
             instance.step(closure)
@@ -158,6 +168,11 @@ def advance(
         for param in used:
             param.grad = None
     return _read_back(opt, detail, instance, used, hyperparams)
+
+
+def _hooked(instance: torch.optim.Optimizer) -> bool:
+    """Whether the user's hooks run before or after the step: they may change gradients."""
+    return bool(instance._optimizer_step_pre_hooks or instance._optimizer_step_post_hooks)
 
 
 def _set(params: Sequence[Tensor], grads: Sequence[Tensor | None], plan: Plan) -> None:
@@ -179,7 +194,7 @@ def _put_together(
 ) -> torch.optim.Optimizer:
     """An instance over these tensors. Without `__init__`: it would check and allocate again at every step."""
     instance: torch.optim.Optimizer = object.__new__(detail.cls)
-    attributes = {key: shared[key] for key in detail.kept if key in shared}
+    attributes = {key.removeprefix("self."): value for key, value in shared.items() if not key.startswith("state.")}
     aliases = {key: [params[i] for i in index] for key, index in detail.aliases.items()}
     vars(instance).update(detail.attributes, **attributes, **aliases)
     state: dict[Any, Any] = collections.defaultdict(dict)
@@ -198,7 +213,14 @@ def _read_back(
     """What the step left: rows, shared, and hyperparameters (some optimizers keep state among them)."""
     state: Any = instance.state
     rows: list[Row] = [state.get(param, {}) for param in used]
-    shared: Row = {key: vars(instance)[key] for key in detail.kept if key in vars(instance)}
+    prefix, places = _prefix(detail), {*addresses(used)}
+    shared: Row = {}
+    for key, value in vars(instance).items() if detail.own else ():
+        if key in detail.attributes or key in detail.aliases or key in ("state", "param_groups"):
+            continue
+        # what the step itself added is kept, too, but lists of parameters are for this instance alone
+        if prefix + key in opt.shared or (_is_data(value) and places.isdisjoint(addresses(tree_leaves(value)))):
+            shared[prefix + key] = value
     shared |= {f"state.{key}": value for key, value in state.items() if isinstance(key, str)}
     if detail.joint:
         shared, rows = {**shared, **rows[0]}, [{} for _ in rows]

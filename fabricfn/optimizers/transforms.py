@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fabricfn.errors import ConfigurationError
 from fabricfn.optimizers.layout import joined
-from fabricfn.states import Optimizer, Plan
-from fabricfn.tree import tree_flatten, tree_leaves, tree_unflatten
+from fabricfn.states import Optimizer, Plan, addresses
+from fabricfn.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,10 +69,22 @@ def advance(
         updates, state = detail.update(
             tree_of(plan, zeros, covered), opt.store, tree_of(plan, params, covered), **options
         )
-        for i, update in zip(covered, _by_position(plan, updates, covered), strict=True):
+        # what the two kept of the parameters must not get the new values, nor be scaled by a clip of these gradients
+        ours = addresses(params)
+        state = _apart(state, {*ours, *addresses(grads)})
+        for i, update in zip(covered, _by_position(plan, _apart(updates, {*ours}), covered), strict=True):
             if grads[i] is not None:
                 params[i].copy_(params[i] + update)
     return state, opt.shared, opt.hyperparams
+
+
+def _apart(tree: Any, taken: set[int]) -> Any:
+    """The same values, in memory of their own where theirs is taken."""
+
+    def apart(leaf: Any) -> Any:
+        return leaf if taken.isdisjoint(addresses([leaf])) else leaf.clone()
+
+    return tree_map(apart, tree)
 
 
 def _by_position(plan: Plan, updates: Any, covered: Sequence[int]) -> list[Tensor]:

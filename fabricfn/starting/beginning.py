@@ -134,6 +134,8 @@ def _start_ranks(request: Request, choice: Choice) -> Choice:
 def runtime(**options: Any) -> Generator[Runtime]:
     """`init_runtime(**options)` for a block; `shutdown` at its end, after an error too.
 
+    Every rank must enter it.
+
     Args:
         options: those of `init_runtime`.
 

@@ -6,6 +6,7 @@ gloo: see docs/decisions/0003-ddp.md.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -100,26 +101,22 @@ def ddp(*, comm_hook: Callable[..., Any] | None = None, comm_state: object = Non
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
     """`fn` of the nets, inside the boxes of all frames."""
+    if not frames:
+        return fn()
+    frame, *others = frames
+    reducer: Reducer | None = frame.handle
+    if reducer is None:
+        return forward(others, functools.partial(fn, frame.net), sync=sync, loss_fn=loss_fn)
+    module = reducer.ddp
+    if module.static_graph:
+        serve_one_loss(reducer, loss_fn)
+    # torch fails on a static graph whose first backward is not synchronised
+    module.require_backward_grad_sync = sync or (module.static_graph and reducer.backwards == 0)
 
-    def enter(index: int, nets: tuple[nn.Module, ...]) -> Any:
-        if index == len(frames):
-            return fn(*nets)
-        frame = frames[index]
-        reducer: Reducer | None = frame.handle
-        if reducer is None:
-            return enter(index + 1, (*nets, frame.net))
-        module = reducer.ddp
-        if module.static_graph:
-            serve_one_loss(reducer, loss_fn)
-        # torch fails on a static graph whose first backward is not synchronised
-        module.require_backward_grad_sync = sync or (module.static_graph and reducer.backwards == 0)
+    def inside(net: nn.Module) -> Any:
+        return forward(others, functools.partial(fn, net), sync=sync, loss_fn=loss_fn)
 
-        def inner(net: nn.Module) -> Any:
-            return enter(index + 1, (*nets, net))
-
-        return module(inner)
-
-    return enter(0, ())
+    return module(inside)
 
 
 def serve_one_loss(reducer: Reducer, loss_fn: Any) -> None:

@@ -4,6 +4,7 @@ No hook, no hidden state: the gradients of values, then their mean over ranks. E
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fabricfn.engine import Box, Frame, require_all
+from fabricfn.errors import CapabilityError
 from fabricfn.flat import all_reduce_mean
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
@@ -41,37 +43,53 @@ def attach(net: nn.Module, world: World) -> Values:
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
     """`fn` of the nets, with fresh leaves in place of their parameters."""
+    if not frames:
+        return fn()
+    frame, *others = frames
+    values: Values = frame.handle
+    if values.leaves is None:
+        values.leaves = [slot.detach().requires_grad_(slot.requires_grad) for slot in frame.slots]
+        values.sums = [None] * len(values.leaves)
 
-    def enter(index: int, nets: tuple[nn.Module, ...]) -> Any:
-        if index == len(frames):
-            return fn(*nets)
-        values: Values = frames[index].handle
-        if values.leaves is None:
-            values.leaves = [slot.detach().requires_grad_(slot.requires_grad) for slot in frames[index].slots]
-            values.sums = [None] * len(values.leaves)
-        named = dict(zip(values.names, values.leaves, strict=True))
+    def inside(net: nn.Module) -> Any:
+        return forward(others, functools.partial(fn, net), sync=sync, loss_fn=loss_fn)
 
-        def inner(net: nn.Module) -> Any:
-            return enter(index + 1, (*nets, net))
-
-        return functional_call(values.box, named, (inner,))
-
-    return enter(0, ())
+    return functional_call(values.box, dict(zip(values.names, values.leaves, strict=True)), (inside,))
 
 
 def backward(frames: Sequence[Frame], loss: torch.Tensor) -> None:
-    """Add the gradients with respect to the leaves."""
-    handles: list[Values] = [frame.handle for frame in frames]
-    leaves = [leaf for values in handles for leaf in values.leaves or () if leaf.requires_grad]
-    found = cast("tuple[torch.Tensor | None, ...]", torch.autograd.grad(loss, leaves, allow_unused=True))
-    grads = iter(found)
-    for values in handles:
-        for index, leaf in enumerate(values.leaves or ()):
+    """Add the gradients with respect to the leaves; and to the slots, which a module may keep in a list of its own."""
+    refuse_inner_backward(loss)
+    inputs: list[torch.Tensor] = []
+    sums: list[tuple[Values, int]] = []
+    for frame in frames:
+        values: Values = frame.handle
+        for index, (leaf, slot) in enumerate(zip(values.leaves or (), frame.slots, strict=True)):
             if leaf.requires_grad:
-                old = values.sums[index]
-                new = next(grads)
-                if new is not None:  # a copy of its own: autograd hands the same tensor to both terms of a sum
-                    values.sums[index] = new.clone() if old is None else old + new
+                inputs += (leaf, slot)
+                sums += ((values, index),) * 2
+    found = cast("tuple[torch.Tensor | None, ...]", torch.autograd.grad(loss, inputs, allow_unused=True))
+    for (values, index), new in zip(sums, found, strict=True):
+        old = values.sums[index]
+        if new is not None:  # a copy of its own: autograd hands the same tensor to both terms of a sum
+            values.sums[index] = new.clone() if old is None else old + new
+
+
+def refuse_inner_backward(loss: torch.Tensor) -> None:
+    """Raise `CapabilityError` when the graph holds a backward pass of its own, which pure gradients cannot see."""
+    todo: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None}
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise CapabilityError(
+                "reentrant checkpointing runs a backward pass of its own, which pure gradients cannot see. Write"
+                ' checkpoint(..., use_reentrant=False), or strategy="ddp".'
+            )
+        todo += [node for node, _ in node.next_functions]
 
 
 def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:

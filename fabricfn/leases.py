@@ -1,0 +1,92 @@
+"""Leases: who may use which values, and whether they were given away.
+
+[Note: lease] A `Lease` stands for one set of values. Records that hold the very same tensors share it
+(`dataclasses.replace`, `eval_mode`); a record built otherwise (`tree_map`, `load`) has its own. Giving values away with
+`donate=True` spends the lease, and updating tensors in place bumps their versions, so that every other record over the
+same memory is found out when it is bound.
+"""
+
+import operator
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fabricfn.engine import Frame
+from fabricfn.errors import DonatedError
+
+_version = operator.attrgetter("_version")
+increment_version = torch._C._increment_version
+"""What `torch.autograd.graph.increment_version` calls."""
+
+
+class Lease:
+    """The right to one set of values: whether they were given away, and the tensors' versions when it was made."""
+
+    values: Mapping[str, Any] | None = None
+    """The mapping whose tensors this lease is for."""
+    versions: tuple[int, ...] | None = None
+    """Their version counters when the lease was made."""
+    spent: "Place | None" = None
+    """Where the values were given away; None while they are alive."""
+    frames: Sequence[Frame] = ()
+    """The frames whose slots point to these values now."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        if values is not None:  # the defaults are the class's: most leases are made in the hot loop and never looked at
+            self.values = values
+            self.versions = versions_of(values.values())
+
+    def check(self, what: str) -> None:
+        """Raise `DonatedError` when the values were given away, or changed by a record that shares them."""
+        if self.spent is not None:
+            raise DonatedError(
+                f"this {what} was given away with donate=True at {shown(self.spent)}; its memory now belongs to the"
+                " result of that call. Use that result, or call without donate=True."
+            )
+        if self.values is not None and self.versions != versions_of(self.values.values()):
+            raise DonatedError(
+                f"this {what} shares tensors with a record that was given away with donate=True, or they were changed"
+                " in place. Copy before you give away: ff.tree_map(torch.clone, ...)."
+            )
+
+    def spend(self, where: "Place") -> None:
+        """Mark the values as given away at `where`."""
+        self.spent = where
+
+
+NO_LEASE = Lease()
+"""The default of a record that is built from scratch: it gets a lease of its own."""
+
+
+def versions_of(values: Iterable[Any]) -> tuple[int, ...] | None:
+    """The version counter of every tensor; None when some leaf is no tensor (shapes, specs)."""
+    try:
+        return tuple(map(_version, values))
+    except (AttributeError, RuntimeError):  # not a tensor; an inference tensor tracks no version
+        return None
+
+
+Place = tuple[str, int]
+"""A file and a line; put into words only when somebody asks."""
+NOWHERE: Place = ("", 0)
+
+
+def shown(place: Place) -> str:
+    """As messages show it: "train.py:12"."""
+    return f"{place[0].rpartition('/')[2]}:{place[1]}"
+
+
+def caller() -> Place:
+    """Where the function that calls this was called."""
+    frame = sys._getframe(2)
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def unbind(lease: Lease) -> None:
+    """Let no frame look at these values any longer; older open graphs over its slots then fail in backward."""
+    for frame in lease.frames:
+        increment_version(frame.slots)
+        frame.owner = None
+    lease.frames = ()
