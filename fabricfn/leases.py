@@ -32,6 +32,8 @@ class Lease:
     """Where the values were given away; None while they are alive."""
     frames: Sequence[Frame] = ()
     """The frames whose slots point to these values now."""
+    apart: bool = False
+    """A donated step made the values, and found that no two that it changes share memory."""
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         if values is not None:  # the defaults are the class's: most leases are made in the hot loop and never looked at

@@ -130,7 +130,12 @@ _PLAIN = (bool, int, float, complex, str, bytes, Counter)
 
 def addresses(leaves: Iterable[Any]) -> list[int]:
     """Where the memory of each tensor among the leaves is, of those that have any; views of one memory agree."""
-    return [place for leaf in leaves if isinstance(leaf, torch.Tensor) and (place := _address(leaf))]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    try:
+        places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    except RuntimeError:
+        places = [_address(tensor) for tensor in tensors]
+    return [place for place in places if place]
 
 
 def _address(tensor: torch.Tensor) -> int:

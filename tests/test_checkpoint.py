@@ -214,7 +214,7 @@ def trained(rt, optimizer=torch.optim.AdamW, steps=2, state=None, donate=False, 
     model, opt = state
     grad_fn = ff.value_and_grad(rt, loss_fn)
     for _ in range(steps):
-        data = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(6, 5) * (opt.step + 1)
+        data = torch.linspace(-1, 1, 30, dtype=rt.precision.param_dtype).reshape(6, 5) * (opt.step + 1)
         _, grads = grad_fn(model, data[:, :3], data[:, 3:])
         model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
     return model, opt
@@ -253,7 +253,7 @@ def test_resume_is_bit_for_bit(tmp_path, name, donate):
 
 def test_an_eval_model_and_gradients_come_back_as_they_were(tmp_path):
     model, opt = trained(RT)
-    data = torch.ones(6, 3, dtype=torch.float64)
+    data = torch.ones(6, 3, dtype=RT.precision.param_dtype)
     _, grads = ff.value_and_grad(RT, loss_fn)(model, data, data[:, :2])
     tree = {"ema": ff.eval_mode(model), "grads": grads}
     ff.save(RT, tmp_path / "c", tree)

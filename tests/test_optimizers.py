@@ -478,6 +478,14 @@ def test_parameters_that_share_memory_cannot_be_donated():
     pure, _ = ff.optimizer_step(RT, pair, opt, (grads, grads))
     donated, _ = ff.optimizer_step(RT, ff.tree_map(torch.clone, pair), opt, (grads, grads), donate=True)
     assert_intact(snapshot(pure), donated)
+    sgd = ff.setup_optimizer(RT, model, torch.optim.SGD)
+    once, _ = ff.optimizer_step(RT, model, sgd, grads_of(model), donate=True)
+    grads = grads_of(once)
+    pair = once, ff.tree_map(torch.detach, once)
+    opt = ff.setup_optimizer(RT, pair, torch.optim.SGD)
+    with pytest.raises(ModelError, match="share memory"):
+        ff.optimizer_step(RT, pair, opt, (grads, grads), donate=True)
+    model = ff.map_params(torch.clone, once)
     tensor = model.params["0.weight"]
     tied = dataclasses.replace(model, params={**model.params, "0.weight": tensor, "1.weight": tensor})
     with pytest.raises(ModelError, match=r"0\.weight and 1\.weight share memory"):

@@ -361,6 +361,11 @@ def test_nothing_listens_beyond_the_loopback_interface():
         assert sorted(parents) == sorted(before)
 
 
+def own(text):
+    """What a program printed itself: gloo greets on stdout in torch 2.9."""
+    return "\n".join(line for line in text.splitlines() if not line.startswith("[Gloo]"))
+
+
 def test_launch_by_spawn_carries_closures_with_cloudpickle_and_says_when_it_is_missing():
     done = run("launching.py", "spawn")
     assert done.returncode == 0, done.stderr
@@ -370,7 +375,7 @@ def test_launch_by_spawn_carries_closures_with_cloudpickle_and_says_when_it_is_m
 def test_launch_by_forkserver():
     done = run("launching.py", "forkserver")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[[6.0, 6.0], [6.0, 6.0]]"
+    assert own(done.stdout) == "[[6.0, 6.0], [6.0, 6.0]]"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -378,7 +383,7 @@ def test_the_ranks_end_with_their_parent(number, tmp_path):
     words = [sys.executable, "launching.py", "hang", str(tmp_path)]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed parent leaves its folder behind
     with subprocess.Popen(words, cwd=PROGRAMS, env=environ, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout.readline() == "ready\n"
+        assert next(line for line in parent.stdout if own(line)) == "ready\n"
         pids = [int(file.read_text()) for file in tmp_path.glob("pid-*")]
         assert len(pids) == 2
         assert all(map(is_running, pids))
@@ -400,7 +405,7 @@ def test_launch_over_two_nodes():
         )
         for node in (0, 1)
     ]
-    assert [node.communicate(timeout=90)[0].strip() for node in nodes] == ["2 0 [3.0, 3.0]", "2 1 [3.0, 3.0]"]
+    assert [own(node.communicate(timeout=90)[0]) for node in nodes] == ["2 0 [3.0, 3.0]", "2 1 [3.0, 3.0]"]
     with pytest.raises(ConfigurationError, match="needs node_rank=0 .. 1"):
         ff.launch(meet, num_nodes=2, accelerator="cpu", devices=1)
 
@@ -480,7 +485,7 @@ def test_one_rank_prints(capsys):
 
 def test_several_ranks_print_once(capfd):
     ff.launch(lambda rt: ff.print(rt, "from", rt.rank), **TWO)
-    assert capfd.readouterr().out == "from 0\n"
+    assert own(capfd.readouterr().out) == "from 0"
 
 
 def test_ranks_start_where_stderr_is_no_file(capsys):

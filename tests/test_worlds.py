@@ -66,7 +66,8 @@ def all_collectives(rt):
         return torch.cat(out).tolist()
 
     assert filled(dist.all_gather, own) == every
-    assert filled(dist.all_to_all, [own * 10 + r for r in range(size)]) == [r * 10.0 + rank for r in range(size)]
+    if not (dist.get_backend(group) == "gloo" and torch.__version__ < "2.10"):  # gloo learnt it later
+        assert filled(dist.all_to_all, [own * 10 + r for r in range(size)]) == [r * 10.0 + rank for r in range(size)]
     gathered = [torch.zeros(1) for _ in range(size)]
     dist.gather(own, gathered if rank == 1 else None, dst=1, group=group)
     assert torch.cat(gathered).tolist() == (every if rank == 1 else [0.0] * size)

@@ -82,7 +82,7 @@ def optimizer_step(
     hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
     if not donate:
         params = _copied(plan, params)
-    elif len(set(map(id, params) if len(given) == 1 else addresses(params))) < len(params):
+    else:
         _refuse_shared(plan, given, params)
     trial = None if closure is None else _Trial(plan, given, params, closure)
     where = caller() if donate else NOWHERE
@@ -98,6 +98,8 @@ def optimizer_step(
     if donate:
         touched = _touched(plan, params)
         made = [handed_on(*three) for three in zip(given, buffers, repeat(where), touched, strict=False)]
+        for model in made:
+            model.lease.apart = True
     else:
         renew = zip(given, mappings(plan, params), buffers, strict=True)
         made = [renewed(model, values, new) for model, values, new in renew]
@@ -229,6 +231,8 @@ def _refuse_shared(plan: Plan, models: Sequence[Model], params: Sequence[Tensor]
     """Raise `ModelError` if two parameters that move have one memory; frozen ones may be shared."""
     if len({id(model.lease) for model in models}) < len(models):
         raise ModelError("the same Model stands twice in this tree; with donate=True it would be updated twice.")
+    if all(model.lease.apart for model in models):  # any other record over their memory is found out by the versions
+        return
     moving = repeat(True) if plan.moving is None else plan.moving
     names = (name for names in plan.names for name in names)
     known: dict[int, str] = {}
