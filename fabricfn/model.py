@@ -191,16 +191,18 @@ def kept(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, nn.Parameter) else leaf
 
 
-def gather_params(rt: Runtime, model: Model) -> dict[str, torch.Tensor]:
-    """The full parameters of `model` by name, on every rank, in memory of their own.
+def gather_params(rt: Runtime, model: Model, *, dst: int | None = None) -> dict[str, torch.Tensor]:
+    """The full parameters of `model` by name, on every rank or on one, in memory of their own.
 
     Every rank must call it: a strategy that shards parameters communicates here.
 
     Args:
         model: the values.
+        dst: the only rank that gets them; None is all.
 
     Returns:
-        On every rank a dict name -> tensor of the full shape, in the parameter's dtype and on its device.
+        On every rank (on the others than `dst`: an empty dict) a dict name -> tensor of the full shape, in the
+        parameter's dtype and on its device.
 
     Raises:
         DonatedError: the model was given away.
@@ -213,7 +215,8 @@ def gather_params(rt: Runtime, model: Model) -> dict[str, torch.Tensor]:
         {'weight': (1, 2), 'bias': (1,)}
     """
     model.lease.check("Model")
-    return {name: value.clone() for name, value in model.params.items()}
+    wanted = dst is None or dst == rt.rank
+    return {name: value.clone() for name, value in model.params.items()} if wanted else {}
 
 
 def to_module(rt: Runtime, model: Model) -> nn.Module:

@@ -444,6 +444,7 @@ def uneven_counts(rt):
         return net(x).mean(), torch.rand(3)
 
     (_, drawn), _ = ff.accumulate(rt, masks, has_aux=True)(model, mine, rng=ff.key(0))
+    assert bool(ff.gather_params(rt, model, dst=1)) is (rt.rank == 1)
     return torch.stack(drawn)
 
 

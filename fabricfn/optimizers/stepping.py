@@ -66,6 +66,11 @@ def optimizer_step(
         >>> torch.equal(after.params["weight"], model.params["weight"] - 0.5), opt.step
         (True, 1)
     """
+    if type(opt) is not Optimizer:
+        raise ConfigurationError(
+            f"the third argument must be the Optimizer, found {type(opt).__name__}. Write"
+            " optimizer_step(rt, models, opt, grads)."
+        )
     plan = opt.plan
     if opt.lease.spent is not None or opt.lease.values is not None:
         opt.lease.check("Optimizer")
