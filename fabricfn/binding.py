@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from fabricfn.engine import Box, Engine, Frame, named_modules
 from fabricfn.errors import ModelError
+from fabricfn.leases import increment_version
 from fabricfn.records import Model
 from fabricfn.tree import path_name, tree_leaves, tree_paths
 
@@ -78,17 +79,13 @@ def bind(frame: Frame, model: Model) -> None:
     assert not frame.open, "a frame is bound while a run is under way"
     lease = model.lease
     lease.check("Model")
-    if tuple(model.params) != frame.names or tuple(model.buffers) != tuple(frame.places):
-        wrong = sorted({*model.params, *model.buffers} ^ {*frame.names, *frame.places})
+    if tuple(model.params) != frame.names:
+        wrong = sorted({*model.params} ^ {*frame.names})
         raise ModelError(f"this Model has other names than the module that was set up: {', '.join(wrong[:8])}.")
-    values = list(model.params.values())
-    for name, slot, value in zip(frame.names, frame.slots, values, strict=True):
-        same = value.dtype is slot.dtype and value.shape == slot.shape and value.layout is slot.layout
-        if not same or value.device != slot.device:
-            raise ModelError(
-                f"{name} of this Model is {describe(value)}, but the module that was set up has {describe(slot)}."
-                " A Model can be mapped to other values, not to other shapes, dtypes or devices."
-            )
+    values = tuple(model.params.values())
+    for value, (dtype, shape, device) in zip(values, frame.kinds, strict=True):
+        if value.dtype is not dtype or value.shape != shape or value.device != device:
+            refuse_kinds(frame, model)
     if frame.owner is not None:
         frame.owner.frames = [other for other in frame.owner.frames if other is not frame]
         frame.owner = None
@@ -96,9 +93,19 @@ def bind(frame: Frame, model: Model) -> None:
     for slot, value in zip(frame.slots, values, strict=True):
         slot.data = value
     # the backward pass of an older open graph over these slots must fail, not give the gradient at other values
-    torch.autograd.graph.increment_version(frame.slots)
+    increment_version(frame.slots)
     frame.owner = lease
     lease.frames = [*lease.frames, frame]
+
+
+def refuse_kinds(frame: Frame, model: Model) -> None:
+    """Raise `ModelError` naming the first value that does not fit its slot."""
+    for (name, value), slot in zip(model.params.items(), frame.slots, strict=True):
+        if value.dtype is not slot.dtype or value.shape != slot.shape or value.device != slot.device:
+            raise ModelError(
+                f"{name} of this Model is {describe(value)}, but the module that was set up has {describe(slot)}."
+                " A Model can be mapped to other values, not to other shapes, dtypes or devices."
+            )
 
 
 def bind_constants(tree: Any, frames: list[Frame]) -> Any:

@@ -141,6 +141,7 @@ def make_frame(net: nn.Module, handle: Any) -> Frame:
         names=tuple(slots),
         slots=list(slots.values()),
         handle=handle,
+        kinds=tuple((slot.dtype, slot.shape, slot.device) for slot in slots.values()),
         trainable=tuple(slot.requires_grad for slot in slots.values()),
         places=persistent_buffers(net, absent=False),
         absent=persistent_buffers(net, absent=True),

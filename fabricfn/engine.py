@@ -35,6 +35,8 @@ class Frame:
     """The parameters of `net` in the order of `names`, a tied one once."""
     handle: Any
     """What the strategy's `attach` returned; None for a frozen frame (a constant of a loss, `apply`)."""
+    kinds: tuple[tuple[torch.dtype, torch.Size, torch.device], ...]
+    """What fits each slot."""
     trainable: tuple[bool, ...]
     """Which slots require grad; what a loss function does to the flags is undone."""
     places: dict[str, list[Place]]
@@ -45,6 +47,8 @@ class Frame:
     """The record's buffers of which copies hang in `net` now."""
     copies: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict[str, torch.Tensor])
     """These copies, as they were hung there."""
+    one: torch.Tensor | None = None
+    """The gradient of a loss with respect to itself, at hand for every backward pass."""
     owner: "Lease | None" = None
     """The lease of the values that the slots point to."""
     training: frozenset[str] | None = None

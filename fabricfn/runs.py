@@ -48,7 +48,7 @@ def differentiate(
             frames.append(acquire(model, frozen=False))
         loss, aux, taken = through(rt, job, frames, spec, microbatches, rng)
         changed: list[dict[str, torch.Tensor]] | None = None
-        if any(frame.places or frame.absent for frame in frames):
+        if [frame for frame in frames if frame.places or frame.absent]:
             changed = [changed_buffers(frame, model) for frame, model in zip(frames, leaves, strict=True)]
     finally:
         for frame in frames:

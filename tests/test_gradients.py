@@ -630,6 +630,20 @@ def test_reentrant_checkpointing_is_right_or_refused(rt):
         torch.testing.assert_close(grads.params["0.weight"], module[0].weight.grad, rtol=0, atol=1e-12)
 
 
+def test_a_hook_that_writes_into_the_losss_gradient_does_not_reach_the_next_call(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 1))
+
+    def doubled(net, x):
+        loss = net(x).mean()
+        loss.register_hook(lambda grad: grad.mul_(2))
+        return loss
+
+    plain = ff.value_and_grad(rt, lambda net, x: net(x).mean())
+    before = plain(model, data(2, 4))[1].params["weight"]
+    torch.testing.assert_close(ff.value_and_grad(rt, doubled)(model, data(2, 4))[1].params["weight"], 2 * before)
+    assert torch.equal(plain(model, data(2, 4))[1].params["weight"], before)
+
+
 def test_a_weight_that_requires_grad_is_refused(rt):
     model = ff.setup_model(rt, nn.Linear(4, 1))
     with pytest.raises(ff.GradientError, match="must not require grad"):
