@@ -74,6 +74,7 @@ def through(
     """Forward and backward of all micro-batches: (loss, aux, gradients), the mean over all of them and all ranks."""
     sums = Sums()
     total: Total | None = None
+    apart = False
     grad_enabled = torch.is_grad_enabled()
     try:
         if not grad_enabled:
@@ -86,8 +87,8 @@ def through(
             else:
                 with seeded(fold_in(rng[0], rng[1] + sums.count), rt.device):
                     run_one(rt, job, frames, spec, args, kwargs, sync, sums)
-            if not sync:
-                separate(frames)
+            if not (sync or apart):
+                apart = separate(frames)
         if not sums.count:
             raise ConfigurationError("accumulate got no micro-batch; every rank needs at least one.")
         taken = rt.strategy.gradients(frames, rt.world, allow_unused=job.allow_unused)
@@ -193,10 +194,13 @@ def demand_grad() -> None:
     torch.set_grad_enabled(True)
 
 
-def separate(frames: list[Frame]) -> None:
+def separate(frames: list[Frame]) -> bool:
     """Give gradients that share memory memory of their own, before the next micro-batch is added to them.
 
     Autograd hands out views of one tensor where a sum broadcasts two parameters (`a.unsqueeze(0) + b.unsqueeze(0)`).
+
+    Returns:
+        Whether all have one now: what is added later is added in place.
     """
     slots = [slot for frame in frames for slot in frame.slots if slot.grad is not None]
     end = 0
@@ -207,6 +211,7 @@ def separate(frames: list[Frame]) -> None:
         if start < end:
             slot.grad = grad.clone()
         end = max(end, start + grad.numel() * grad.element_size())
+    return len(slots) == sum(sum(frame.trainable) for frame in frames)
 
 
 def start_of(slot: nn.Parameter) -> int:
