@@ -4,7 +4,6 @@ How a call runs is in `runs.py`; what a loss function may return, in `losses.py`
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -90,7 +89,7 @@ def accumulate(
     """Like `value_and_grad`, over several micro-batches with one synchronisation at the end.
 
     Law: k micro-batches give the loss and the gradients of one batch; exactly for unequal sizes with `weighted`, else
-    the mean of the micro-batches' means.
+    the mean over the ranks of each rank's mean of the micro-batches' means.
 
     Args:
         loss_fn, has_aux, weighted, allow_unused, buffers: see `value_and_grad`.
@@ -113,7 +112,7 @@ def accumulate(
         >>> grad_fn = ff.accumulate(rt, lambda net, x: (net(x).square().sum(), len(x)), weighted=True)
         >>> loss, grads = grad_fn(model, [(torch.ones(4, 2),), (torch.ones(1, 2),)])
     """
-    job = dataclasses.replace(checked(rt, loss_fn, has_aux, weighted, allow_unused, buffers), many=True)
+    job = checked(rt, loss_fn, has_aux, weighted, allow_unused, buffers)
 
     def grad_fn(models: Any, microbatches: Iterable[Any], *, rng: Key | None = None) -> tuple[Any, Any]:
         key = None

@@ -21,8 +21,6 @@ class Job:
     loss_fn: Callable[..., Any]
     has_aux: bool
     weighted: bool
-    many: bool = False
-    """Whether there may be several micro-batches, and other numbers of them on other ranks."""
     allow_unused: bool = False
     buffers: Buffers = "rank0"
 
@@ -35,20 +33,6 @@ class Sums:
     weight: Any = 0
     count: int = 0
     aux: list[Any] | None = None
-
-
-@dataclasses.dataclass(slots=True)
-class Total:
-    """A count that is being summed over the ranks while the last micro-batch is computed."""
-
-    count: torch.Tensor
-    work: Any
-
-
-def total_of(count: int, world: World) -> Total:
-    """Start to sum this rank's number of micro-batches. Every rank must call it."""
-    tensor = torch.tensor(count, device=world.device)
-    return Total(tensor, dist.all_reduce(tensor, group=world.group, async_op=True))
 
 
 def collect(job: Job, sums: Sums, result: Any) -> torch.Tensor:
@@ -91,18 +75,10 @@ def unpacked(result: Any, option: str, shape: str) -> tuple[Any, Any]:
     return first, second
 
 
-def finish(job: Job, sums: Sums, world: World, total: Total | None = None) -> tuple[torch.Tensor, Any]:
-    """(loss, the factor that the mean over ranks of the summed gradients still lacks, None for 1).
-
-    `total` is the number of micro-batches on all ranks, on its way.
-    """
+def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
+    """(loss, the factor that the mean over ranks of the summed gradients still lacks, None for 1)."""
     if not job.weighted:
-        loss = sums.loss if sums.count == 1 else sums.loss / sums.count
-        count = sums.count * world.world_size
-        if total is not None:
-            total.work.wait()
-            count = int(total.count)
-        return loss, None if count == world.world_size else world.world_size / count
+        return sums.loss if sums.count == 1 else sums.loss / sums.count, None
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.device) for part in (sums.loss, sums.weight)])
     if world.group is not None:

@@ -16,7 +16,7 @@ from fabricfn import flat
 from fabricfn.binding import acquire, bind_constants, changed_buffers, check_devices, release, transforming
 from fabricfn.engine import Frame
 from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
-from fabricfn.losses import Buffers, Job, Sums, Total, collect, finish, total_of
+from fabricfn.losses import Buffers, Job, Sums, collect, finish
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, fold_in, seeded
 from fabricfn.records import Grads, Model
@@ -73,26 +73,24 @@ def through(
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of all micro-batches: (loss, aux, gradients), the mean over all of them and all ranks."""
     sums = Sums()
-    total: Total | None = None
     apart = False
     grad_enabled = torch.is_grad_enabled()
     try:
         if not grad_enabled:
             demand_grad()
         for args, kwargs, sync in microbatches:
-            if sync and job.many and not job.weighted and rt.world.group is not None:
-                total = total_of(sums.count + 1, rt.world)
+            share = 1 / (sums.count + 1) if sync and sums.count and not job.weighted else 1.0
             if rng is None:
-                run_one(rt, job, frames, spec, args, kwargs, sync, sums)
+                run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
             else:
                 with seeded(fold_in(rng[0], rng[1] + sums.count), rt.device):
-                    run_one(rt, job, frames, spec, args, kwargs, sync, sums)
+                    run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
             if not (sync or apart):
                 apart = separate(frames)
         if not sums.count:
             raise ConfigurationError("accumulate got no micro-batch; every rank needs at least one.")
         taken = rt.strategy.gradients(frames, rt.world, allow_unused=job.allow_unused)
-        loss, factor = finish(job, sums, rt.world, total)
+        loss, factor = finish(job, sums, rt.world)
     except BaseException:
         for frame in frames:
             abandon(frame)
@@ -113,6 +111,7 @@ def run_one(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     sync: bool,
+    share: float,
     sums: Sums,
 ) -> None:
     """Forward and backward of one micro-batch."""
@@ -133,7 +132,7 @@ def run_one(
         loss = collect(job, sums, result)
         if not loss.requires_grad:
             raise GradientError("the loss does not depend on any trainable parameter of the models.")
-        strategy.backward(frames, loss)
+        strategy.backward(frames, loss, share=share)
     except RuntimeError as error:
         check_devices(error, rt.device, args, kwargs)
         raise

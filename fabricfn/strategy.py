@@ -41,8 +41,12 @@ class Forward(Protocol):
 class Backward(Protocol):
     """Runs the backward pass."""
 
-    def __call__(self, frames: Sequence[Frame], loss: torch.Tensor) -> None:
-        """Add the gradients of `loss` to those that the frames already hold."""
+    def __call__(self, frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:
+        """Add the gradients of `loss` to those that the frames already hold, and multiply the sum by `share`.
+
+        Before anything is synchronised: the last of k micro-batches comes with a share of 1/k, so that every rank
+        brings the mean of its own.
+        """
         ...
 
 

@@ -430,13 +430,13 @@ def test_gradients_that_share_memory_are_not_changed_twice(ranks, strategy):
 
 
 def uneven_counts(rt):
-    """Rank 0 has one micro-batch, rank 1 two, rank 2 three: the mean is over all six."""
+    """Rank 0 has one micro-batch, rank 1 two, rank 2 three: the mean is over the ranks' means."""
     model = ff.setup_model(rt, mlp())
     micro = torch.randn(6, 5, 4, generator=seeded(1), dtype=torch.float64)
     mine = micro.split([1, 2, 3])[rt.rank]
     _, grads = ff.accumulate(rt, squares)(model, mine)
     module = mlp()
-    (sum(squares(module, one) for one in micro) / 6).backward()
+    (sum(sum(squares(module, one) for one in part) / len(part) for part in micro.split([1, 2, 3])) / 3).backward()
     for name, param in module.named_parameters():
         torch.testing.assert_close(grads.params[name], param.grad, rtol=0, atol=1e-12)
 

@@ -134,9 +134,9 @@ def serve_one_loss(reducer: Reducer, loss_fn: Any) -> None:
         )
 
 
-def backward(frames: Sequence[Frame], loss: torch.Tensor) -> None:
+def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:
     """Accumulate into the slots' `.grad`; the reducer averages them meanwhile."""
-    run_backward(frames, loss)
+    run_backward(frames, loss, share=share)
     for frame in frames:
         if frame.handle is not None and frame.handle.ddp.require_backward_grad_sync:
             frame.handle.backwards += 1

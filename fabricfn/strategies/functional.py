@@ -57,7 +57,7 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
     return functional_call(values.box, dict(zip(values.names, values.leaves, strict=True)), (inside,))
 
 
-def backward(frames: Sequence[Frame], loss: torch.Tensor) -> None:
+def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:
     """Add the gradients with respect to the leaves; and to the slots, which a module may keep in a list of its own."""
     refuse_inner_backward(loss)
     inputs: list[torch.Tensor] = []
@@ -73,6 +73,9 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor) -> None:
         old = values.sums[index]
         if new is not None:  # a copy of its own: autograd hands the same tensor to both terms of a sum
             values.sums[index] = new.clone() if old is None else old + new
+    if share != 1:
+        for frame in frames:
+            frame.handle.sums = [None if grad is None else grad * share for grad in frame.handle.sums]
 
 
 def refuse_inner_backward(loss: torch.Tensor) -> None:
