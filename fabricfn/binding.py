@@ -1,7 +1,6 @@
 """Binding: the slots of a frame point to the values of a record. See [Note: slots] and [Note: lease]."""
 
 import gc
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,8 @@ from fabricfn.leases import increment_version
 from fabricfn.records import Model
 from fabricfn.tree import path_name, tree_leaves, tree_paths
 
-_transforms = cast("Callable[[], bool]", torch._C._are_functorch_transforms_active)  # pyright: ignore
+transforming = torch._C._are_functorch_transforms_active
+"""Whether a `torch.func` transform (grad, vmap, jvp) is under way."""
 
 
 def engine_of(model: Model) -> Engine:
@@ -192,11 +192,6 @@ def changed_buffers(frame: Frame, model: Model) -> dict[str, torch.Tensor]:
                 " holds. Give it its value before ff.setup_model, or register it with persistent=False."
             )
     return changed
-
-
-def transforming() -> bool:
-    """Whether a `torch.func` transform (grad, vmap, jvp) is under way."""
-    return _transforms()
 
 
 def call_with_values(frame: Frame, model: Model, fn: Any) -> Any:

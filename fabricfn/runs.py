@@ -145,7 +145,7 @@ def scale(taken: list[list[torch.Tensor | None]], factor: float) -> list[list[to
     """The gradients times a number; not in place, since two parameters' gradients may be views of one tensor."""
     present = [grad for grads in taken for grad in grads if grad is not None]
     if present:
-        scaled = iter(torch._foreach_mul(present, factor))  # pyright: ignore
+        scaled = iter(torch._foreach_mul(present, factor))  # pyright: ignore[reportPrivateImportUsage]
         taken = [[None if grad is None else next(scaled) for grad in grads] for grads in taken]
     return taken
 

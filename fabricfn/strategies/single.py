@@ -11,7 +11,7 @@ from fabricfn.engine import Frame, require_all
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
 
-_run_backward = cast("Callable[..., Any]", Variable._execution_engine.run_backward)  # pyright: ignore
+_run_backward = cast("Callable[..., Any]", Variable._execution_engine.run_backward)  # pyright: ignore[reportUnknownMemberType]
 
 
 def single() -> Strategy:
@@ -38,7 +38,7 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
     """
     if share != 1:
         held = [slot.grad for frame in frames for slot in frame.slots if slot.grad is not None]
-        torch._foreach_mul_(held, share)  # pyright: ignore
+        torch._foreach_mul_(held, share)  # pyright: ignore[reportPrivateImportUsage]
     if loss.is_cpu:
         one = frames[0].one
         if one is None or one._version or one.dtype is not loss.dtype:  # a hook of the user's may write into it
