@@ -15,7 +15,15 @@ PACKAGE = Path(ff.__file__).parent
 # A room is a file or a folder; it imports only rooms on lower floors. Inside a folder, no cycles.
 FLOORS = (
     ("errors", "world", "tree"),  # words: exceptions, who am I, pytrees
-    ("random", "precision", "accelerators", "environments", "failures", "flat"),  # facts, and plain machinery
+    (
+        "random",
+        "precision",
+        "accelerators",
+        "environments",
+        "failures",
+        "flat",
+        "sharding",
+    ),  # facts, and plain machinery
     ("engine", "permutations"),  # the mutable part behind a model; permutations with random access
     ("strategy", "leases", "order"),  # what a strategy is; who may use which values; the order of the data
     ("strategies", "records"),  # the strategies; the values of training
