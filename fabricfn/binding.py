@@ -1,6 +1,5 @@
 """Binding: the slots of a frame point to the values of a record. See [Note: slots] and [Note: lease]."""
 
-import gc
 from typing import Any, cast
 
 import torch
@@ -45,11 +44,9 @@ def acquire(model: Model, *, frozen: bool) -> Frame:
     engine = engine_of(model)
     frame = idle(engine, frozen=frozen)
     if model.lease is not frame.owner:
-        bind(frame, model)
+        bind(engine, frame, model)
     if frame.broken:
-        frame.handle = None
-        gc.collect()  # its hooks must be gone before the slots get new ones
-        frame.handle, frame.broken = engine.attach(frame.net), False
+        engine.mend(frame)
     if model.training is not frame.training:
         set_training(frame, model.training)
     if frame.places or model.buffers:
@@ -74,7 +71,7 @@ def release(frame: Frame) -> None:
         frame.training = None  # the run called net.train() or net.eval(): the next one sets every mode again
 
 
-def bind(frame: Frame, model: Model) -> None:
+def bind(engine: Engine, frame: Frame, model: Model) -> None:
     """Point the slots to the model's tensors, after every check; values are never copied."""
     assert not frame.open, "a frame is bound while a run is under way"
     lease = model.lease
@@ -90,8 +87,7 @@ def bind(frame: Frame, model: Model) -> None:
         frame.owner.frames = [other for other in frame.owner.frames if other is not frame]
         frame.owner = None
     torch.clear_autocast_cache()  # it knows slots, not values
-    for slot, value in zip(frame.slots, values, strict=True):
-        slot.data = value
+    engine.point(frame, values)
     # the backward pass of an older open graph over these slots must fail, not give the gradient at other values
     increment_version(frame.slots)
     frame.owner = lease

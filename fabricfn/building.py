@@ -1,116 +1,23 @@
-"""From the user's module to an engine: checked, copied, placed, cast, tied to the strategy."""
+"""From the user's module to an engine: placed, tied to the strategy, with the values of rank 0."""
 
-import copy
-import functools
+import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fabricfn import flat
+from fabricfn.copying import add_casts, check_module, copy_module, placing, uncompiled
+from fabricfn.cutting import cut, take_first, without_values
 from fabricfn.engine import Engine, Frame, Place, named_modules
-from fabricfn.errors import MismatchError, ModelError
-from fabricfn.precision import cast_floating
+from fabricfn.errors import MismatchError
+from fabricfn.records import Model
 from fabricfn.runtimes import Runtime
-from fabricfn.tree import tree_leaves
 from fabricfn.world import World
 
 Compile = bool | Mapping[str, Any]
-
-
-def check_module(module: nn.Module) -> None:
-    """Refuse parameters that have no values yet, and what a copy would lose."""
-    if torch.is_inference_mode_enabled():
-        raise ModelError("setup_model was called inside torch.inference_mode, where nothing can be trained. Leave it.")
-    hooked = [n for n, slot in module.named_parameters() if slot._backward_hooks or slot._post_accumulate_grad_hooks]
-    if hooked:
-        raise ModelError(
-            f"parameters have hooks of their own, which values cannot carry: {', '.join(hooked[:8])}. Change the"
-            " gradients that value_and_grad returns instead: ff.tree_map(f, grads)."
-        )
-    lazy = [name for name, slot in module.named_parameters() if nn.parameter.is_lazy(slot)]
-    if lazy:
-        raise ModelError(
-            f"the module has uninitialised (lazy) parameters: {', '.join(lazy[:8])}. Run one batch through it before"
-            " ff.setup_model, so that their shapes are known."
-        )
-    meta = [name for name, slot in module.named_parameters() if slot.is_meta]
-    if meta:
-        raise ModelError(
-            f"the module has parameters without memory, on the meta device: {', '.join(meta[:8])}. Pass the factory"
-            " itself, ff.setup_model(rt, factory), or make it with ff.init_module(rt, factory)."
-        )
-
-
-def uncompiled(module: nn.Module) -> tuple[nn.Module, bool]:
-    """(the module itself, whether it was compiled): compiling comes last, after the copy."""
-    if type(module).__name__ == "OptimizedModule":  # naming the class would import torch._dynamo: 0.9 s
-        return module.get_submodule("_orig_mod"), True
-    return module, module._compiled_call_impl is not None
-
-
-def copy_module(
-    module: nn.Module,
-    place: Callable[[torch.Tensor], torch.Tensor],
-    place_buffer: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    frozen: bool = False,
-) -> nn.Module:
-    """A deep copy whose parameters are `place(original)`, and whose buffers are `place_buffer(original)`.
-
-    Ties, hooks and parametrisations are kept; activations that a module keeps in attributes come without their graph.
-    """
-    memo: dict[int, Any] = {}
-    for _, part in named_modules(module):
-        for kept in vars(part).values():
-            values: list[Any] = tree_leaves(kept) if isinstance(kept, (dict, list, tuple)) else [kept]
-            for value in values:
-                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                    memo[id(value)] = value.detach().clone()
-    for slot in module.parameters():
-        memo[id(slot)] = nn.Parameter(place(slot.detach()), requires_grad=slot.requires_grad and not frozen)
-    for buffer in module.buffers():
-        memo[id(buffer)] = place_buffer(buffer.detach())
-    return copy.deepcopy(module, memo)
-
-
-def placing(rt: Runtime, *, move: bool, fresh: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """How a tensor of the user's module becomes ours: the device, the dtype; `fresh` memory when it must not alias."""
-    dtype = None if rt.precision.autocast else rt.precision.param_dtype
-
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        placed = tensor.to(rt.device if move else tensor.device, wanted)
-        return placed.clone() if fresh and placed.data_ptr() == tensor.data_ptr() else placed
-
-    return place
-
-
-def add_casts(rt: Runtime, net: nn.Module) -> tuple[int, ...]:
-    """Cast floating inputs where the net's own forward is entered, and outputs where it is left; the hooks' ids."""
-    precision = rt.precision
-    if precision.autocast:
-        return ()
-    ids = [net.register_forward_pre_hook(functools.partial(cast_inputs, precision.compute_dtype), with_kwargs=True).id]
-    if precision.output_dtype is not None:
-        ids.append(net.register_forward_hook(functools.partial(cast_outputs, precision.output_dtype)).id)
-    return tuple(ids)
-
-
-def cast_inputs(dtype: torch.dtype, net: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """A forward pre-hook; None leaves the arguments alone."""
-    for value in (*args, *kwargs.values()):
-        if type(value) is not torch.Tensor or value.dtype is not dtype:
-            return cast_floating(args, dtype), cast_floating(kwargs, dtype)
-    return None
-
-
-def cast_outputs(dtype: torch.dtype, net: nn.Module, args: Any, output: Any) -> Any:
-    """A forward hook."""
-    return cast_floating(output, dtype)
 
 
 def persistent_buffers(net: nn.Module, *, absent: bool) -> dict[str, list[Place]]:
@@ -148,12 +55,10 @@ def make_frame(net: nn.Module, handle: Any) -> Frame:
     )
 
 
-def agree(world: World, frame: Frame) -> None:
-    """Give every rank the parameters and buffers of rank 0, once all are known to have the same names and shapes."""
+def agree(world: World, held: Mapping[str, torch.Tensor]) -> None:
+    """Raise `MismatchError` unless all ranks hold the same names, shapes and dtypes. Every rank must call it."""
     if world.group is None:
         return
-    held = {**{name: slot.data for name, slot in zip(frame.names, frame.slots, strict=True)}, **buffers_of(frame)}
-    tensors = list(held.values())
     ours = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in held.items()]
     everyone: list[Any] = [None] * world.world_size
     dist.all_gather_object(everyone, ours, group=world.group)
@@ -164,55 +69,82 @@ def agree(world: World, frame: Frame) -> None:
                 f"rank {rank} set up another module than rank 0 (seen on rank {world.rank}): {len(theirs)} tensors"
                 f" against {len(everyone[0])}; {'; '.join(differing[:4])}. Build the same module on every rank."
             )
-    for tensor, value in zip(tensors, flat.broadcast(tensors, 0, world.group), strict=True):
-        tensor.copy_(value)
 
 
-def build(rt: Runtime, module: nn.Module, *, move_to_device: bool, donate: bool, compile: Compile) -> Engine:
-    """The engine of a module, with its first frame tied to the strategy. Every rank must call it."""
-    check_module(module)
+def build(
+    rt: Runtime, module: nn.Module, *, move_to_device: bool, donate: bool, compile: Compile
+) -> tuple[Engine, dict[str, torch.Tensor]]:
+    """The engine of a module, with its first frame tied to the strategy, and the values. Every rank must call it."""
+    strategy, world = rt.strategy, rt.world
+    shard = None if world.group is None else strategy.shard
+    check_module(module, may_be_meta=shard is not None)
     module, compiled = uncompiled(module)
     options = dict(compile) if isinstance(compile, Mapping) else {} if compile or compiled else None
     sources = tuple(weakref.ref(slot) for slot in module.parameters())
-    if donate:
-        place = placing(rt, move=move_to_device, fresh=False)
-        net = module._apply(place)
-    else:
-        place = placing(rt, move=move_to_device, fresh=True)
-        net = copy_module(module, place, place)
-    if rt.precision.convert is not None:
-        net = rt.precision.convert(net)
-    hooks = add_casts(rt, net)
-    attach = functools.partial(rt.strategy.attach, world=rt.world)
-
-    def grow(frozen: bool) -> Frame:
-        return finish(copy_module(first.net, lambda slot: slot, torch.clone, frozen=frozen), frozen)
+    agree(world, {**dict(module.named_parameters()), **dict(module.named_buffers())})
+    place = placing(rt, move=move_to_device or shard is not None, fresh=not donate)
+    net = module
+    if shard is None or rt.precision.convert is not None:
+        net = module._apply(place) if donate else copy_module(module, place, place)
+        net = net if rt.precision.convert is None else rt.precision.convert(net)
+    template = net if shard is None else without_values(net, place)
+    hooks = add_casts(rt, template)
 
     def finish(net: nn.Module, frozen: bool) -> Frame:
         if options is not None:
             net.compile(**options)
-        return make_frame(net, None if frozen else attach(net))
+        return make_frame(net, strategy.attach(net, world, rt.precision, frozen=frozen))
 
-    first = make_frame(net, None)
-    agree(rt.world, first)
-    first = finish(net, False)
-    return Engine(
-        training=frozenset(name for name, sub in named_modules(net) if sub.training),
+    def grow(frozen: bool) -> Frame:
+        return finish(copy_module(template, lambda slot: slot, torch.clone, frozen=frozen), frozen)
+
+    def mend(frame: Frame) -> None:
+        if strategy.reset is not None:
+            strategy.reset(frame)
+        else:
+            frame.handle = None
+            gc.collect()  # its hooks must be gone before the slots get new ones
+            frame.handle = strategy.attach(frame.net, world, rt.precision, frozen=False)
+        frame.broken = False
+
+    if shard is None:
+        take_first(world, [slot.data for slot in template.parameters()])
+        first = finish(template, False)
+        values = {name: slot.data for name, slot in zip(first.names, first.slots, strict=True)}
+    else:
+        first = grow(False)
+        values = cut(world, net, template, dict(zip(first.names, first.slots, strict=True)), shard, place)
+        for buffer, value in zip(first.net.buffers(), template.buffers(), strict=True):
+            buffer.copy_(value)
+    take_first(world, list(buffers_of(first).values()))
+    engine = Engine(
+        training=frozenset(name for name, sub in named_modules(template) if sub.training),
         sources=sources,
         frames=[first],
         frozen=[],
         grow=grow,
         hooks=hooks,
-        attach=attach,
+        template=template,
+        point=strategy.point,
+        mend=mend,
     )
+    return engine, values
 
 
-def plain_copy(engine: Engine, frame: Frame) -> nn.Module:
-    """A deep copy of a frame's net with memory of its own and without our hooks."""
-    trainable = [slot.requires_grad for slot in engine.frames[0].slots]
-    net = copy_module(frame.net, torch.clone, torch.clone)
-    for slot, wanted in zip(net.parameters(), trainable, strict=True):
-        slot.requires_grad_(wanted)
+def plain_net(engine: Engine, model: Model, values: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A net that is tied to nothing, with these parameters (as they are) and the model's buffers and mode."""
+    rest = iter(values.values())
+    net = copy_module(engine.template, lambda slot: next(rest), torch.clone)
+    for name, places in persistent_buffers(net, absent=False).items():
+        for hanging, key in places:
+            hanging[key] = model.buffers[name].clone()
+    for name, module in named_modules(net):
+        module.training = name in model.training
+    return net
+
+
+def without_casts(engine: Engine, net: nn.Module) -> nn.Module:
+    """The net without the hooks of ours."""
     for hook in engine.hooks:
         net._forward_pre_hooks.pop(hook, None)
         net._forward_pre_hooks_with_kwargs.pop(hook, None)

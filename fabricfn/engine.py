@@ -34,7 +34,7 @@ class Frame:
     slots: list[nn.Parameter]
     """The parameters of `net` in the order of `names`, a tied one once."""
     handle: Any
-    """What the strategy's `attach` returned; None for a frozen frame (a constant of a loss, `apply`)."""
+    """What the strategy's `attach` returned."""
     kinds: tuple[tuple[torch.dtype, torch.Size, torch.device], ...]
     """What fits each slot."""
     trainable: tuple[bool, ...]
@@ -53,6 +53,8 @@ class Frame:
     """The lease of the values that the slots point to."""
     training: frozenset[str] | None = None
     """The names of the sub-modules now in training mode."""
+    copied: bool = False
+    """The slots hold copies of some values: after an update in place they are bound again."""
     open: bool = False
     """A run is under way: no other values may be bound."""
     broken: bool = False
@@ -75,8 +77,12 @@ class Engine:
     """Makes one more frame; True makes a frozen one. Under ddp every rank must do so."""
     hooks: tuple[int, ...]
     """The ids of the forward hooks that are ours: the casts of a "-true" precision."""
-    attach: Callable[[nn.Module], Any]
-    """Makes the strategy's handle for a net, for a frame whose handle is broken."""
+    template: nn.Module
+    """The net that frames are copies of; where values are sharded, without memory for its parameters."""
+    point: Callable[[Frame, Sequence[torch.Tensor]], None]
+    """Lets the slots of a frame look at values."""
+    mend: Callable[[Frame], None]
+    """Makes a broken frame fit for use again."""
 
 
 def named_modules(net: nn.Module) -> list[tuple[str, nn.Module]]:

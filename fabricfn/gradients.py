@@ -157,8 +157,12 @@ def value(
         try:
             nets, values, options = bind_constants((models, args, kwargs), frames)
             seed = contextlib.nullcontext() if rng is None else seeded(fold_in(rng, rt.rank), rt.device)
+
+            def call(*_: Any) -> Any:
+                return loss_fn(nets, *values, **options)
+
             with torch.no_grad(), autocast_of(rt.precision, rt.device), seed:
-                collect(job, sums, loss_fn(nets, *values, **options))
+                collect(job, sums, rt.strategy.forward(frames, call, sync=False, loss_fn=None))
         except RuntimeError as error:
             check_devices(error, rt.device, args, kwargs)
             raise

@@ -1,7 +1,7 @@
 """Models: from a module to values, computing with values, and back to a module."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +18,14 @@ from fabricfn.binding import (
     transforming,
     unbound,
 )
-from fabricfn.building import Compile, buffers_of, build, plain_copy
+from fabricfn.building import Compile, buffers_of, build, plain_net, without_casts
+from fabricfn.engine import Frame
+from fabricfn.errors import CapabilityError
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
+from fabricfn.sharding import full, is_sharded
 from fabricfn.tree import tree_map
 
 M = TypeVar("M")
@@ -66,18 +69,16 @@ def setup_model(
     """
     if not isinstance(module_or_factory, nn.Module):
         module_or_factory, donate = init_module(rt, module_or_factory), True
-    engine = build(rt, module_or_factory, move_to_device=move_to_device, donate=donate, compile=compile)
+    engine, values = build(rt, module_or_factory, move_to_device=move_to_device, donate=donate, compile=compile)
     frame = engine.frames[0]
-    slots = dict(zip(frame.names, frame.slots, strict=True))
-    signature = tuple((name, str(slot.dtype), tuple(slot.shape)) for name, slot in slots.items())
+    signature = tuple((name, str(value.dtype), tuple(value.shape)) for name, value in values.items())
     model = Model(
-        params={name: slot.data for name, slot in slots.items()},
+        params=values,
         buffers=buffers_of(frame),
         training=engine.training,
         ref=Ref(engine, signature),
     )
-    frame.owner, frame.training = model.lease, engine.training
-    model.lease.frames = [frame]
+    release(acquire(model, frozen=False))
     return model
 
 
@@ -147,7 +148,7 @@ def apply(
     try:
         values, options = bind_constants((args, kwargs), frames)
 
-        def call(net: nn.Module) -> Any:
+        def call(net: nn.Module, *others: nn.Module) -> Any:
             fn = net if method is None else getattr(net, method) if isinstance(method, str) else None
             return method(net, *values, **options) if callable(method) else fn(*values, **options)  # pyright: ignore[reportOptionalCall]
 
@@ -156,8 +157,10 @@ def apply(
             contextlib.nullcontext() if rng is None else seeded(rng, rt.device),
         ):
             if transform or (torch.is_grad_enabled() and needs_graph((args, kwargs))):
+                if any(map(is_sharded, model.params.values())):
+                    return call(gathered_net(model, frames))
                 return call_with_values(frames[0], model, call)
-            result = call(frames[0].net)
+            result = rt.strategy.forward(frames, call, sync=False, loss_fn=None)
             return result if type(result) is torch.Tensor else tree_map(kept, result)
     except RuntimeError as error:
         check_devices(error, rt.device, args, kwargs)
@@ -165,6 +168,18 @@ def apply(
     finally:
         for frame in frames:
             release(frame)
+
+
+def gathered_net(model: Model, frames: Sequence[Frame]) -> nn.Module:
+    """A net with the whole parameters: the caller may go back through it when frames look at other values again."""
+    if len(frames) > 1:
+        raise CapabilityError(
+            "ff.apply takes no further Model when gradients flow to its inputs and parameters are sharded. Compute"
+            " with one Model a call, or inside a loss function: ff.value_and_grad(rt, loss_fn)(model, other, x)."
+        )
+    engine = engine_of(model)
+    net = plain_net(engine, model, {name: whole(value) for name, value in model.params.items()})
+    return net.requires_grad_(False)
 
 
 def autocast(rt: Runtime) -> contextlib.AbstractContextManager[Any]:
@@ -216,7 +231,12 @@ def gather_params(rt: Runtime, model: Model, *, dst: int | None = None) -> dict[
     """
     model.lease.check("Model")
     wanted = dst is None or dst == rt.rank
-    return {name: value.clone() for name, value in model.params.items()} if wanted else {}
+    found: dict[str, torch.Tensor] = {}
+    for name, value in model.params.items():
+        tensor = whole(value) if wanted or is_sharded(value) else value
+        if wanted:
+            found[name] = tensor
+    return found
 
 
 def to_module(rt: Runtime, model: Model) -> nn.Module:
@@ -242,8 +262,12 @@ def to_module(rt: Runtime, model: Model) -> nn.Module:
         >>> ff.to_module(rt, model)
         Linear(in_features=2, out_features=1, bias=True)
     """
-    frame = acquire(model, frozen=True)
-    try:
-        return plain_copy(engine_of(model), frame)
-    finally:
-        release(frame)
+    model.lease.check("Model")
+    engine = engine_of(model)
+    values = {name: whole(value) for name, value in model.params.items()}
+    return without_casts(engine, plain_net(engine, model, values))
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole tensor."""
+    return full(value) if is_sharded(value) else value.clone()

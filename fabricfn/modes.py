@@ -65,7 +65,7 @@ def train_mode(models: M) -> M:
 
     def train(model: Model) -> Model:
         engine = engine_of(model)
-        everything = frozenset(name for name, _ in named_modules(engine.frames[0].net))
+        everything = frozenset(name for name, _ in named_modules(engine.template))
         return dataclasses.replace(model, training=engine.training or everything)
 
     return map_models(train, models)

@@ -192,14 +192,14 @@ def handed_on(
     increment_version(tuple(params.values()) if updated is None else updated)
     old.spend(where)
     new = Lease(params)
-    new.frames = old.frames
+    new.frames = [frame for frame in old.frames if not frame.copied]
     old.frames = ()
     engine = model.ref.engine
     for frame in () if engine is None else (*engine.frames, *engine.frozen):
         owner = frame.owner
         if owner is old:
             increment_version(frame.slots)
-            frame.owner = new
+            frame.owner = None if frame.copied else new
         elif owner is not None and owner.versions != versions_of((owner.values or {}).values()):
             # another record over the same tensors is bound here: it must be found out, and its graphs must fail
             increment_version(frame.slots)

@@ -122,13 +122,16 @@ def run_one(
         options = bind_constants(kwargs, constants) if kwargs else kwargs
 
         def call(*nets: nn.Module) -> Any:
-            return loss_fn(nets[0] if spec is None else tree_unflatten(spec, nets), *values, **options)
+            own = nets[0] if spec is None else tree_unflatten(spec, nets[: len(frames)])
+            return loss_fn(own, *values, **options)
+
+        running = [*frames, *constants] if constants else frames
 
         if rt.precision.autocast:
             with autocast_of(rt.precision, rt.device):
-                result = strategy.forward(frames, call, sync=sync, loss_fn=loss_fn)
+                result = strategy.forward(running, call, sync=sync, loss_fn=loss_fn)
         else:
-            result = strategy.forward(frames, call, sync=sync, loss_fn=loss_fn)
+            result = strategy.forward(running, call, sync=sync, loss_fn=loss_fn)
         loss = collect(job, sums, result)
         if not loss.requires_grad:
             raise GradientError("the loss does not depend on any trainable parameter of the models.")

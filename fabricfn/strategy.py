@@ -16,14 +16,18 @@ import torch
 from torch import nn
 
 from fabricfn.engine import Frame
+from fabricfn.precision import Precision
 from fabricfn.world import World
 
 
 class Attach(Protocol):
     """Ties an engine to a net."""
 
-    def __call__(self, net: nn.Module, world: World) -> Any:
-        """Tie the machinery of synchronisation to the parameters of `net`. Every rank must call it."""
+    def __call__(self, net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Any:
+        """Tie the machinery of synchronisation to the parameters of `net`; the handle, or None. Called by every rank.
+
+        A frozen net is a constant of a loss, or is there for `apply`: it needs machinery only where values are sharded.
+        """
         ...
 
 
@@ -61,6 +65,28 @@ class Gradients(Protocol):
         ...
 
 
+class Point(Protocol):
+    """Binds a frame to values."""
+
+    def __call__(self, frame: Frame, values: Sequence[torch.Tensor]) -> None:
+        """Let the slots of the frame look at the values, which fit them. Not collective."""
+        ...
+
+
+class Shard(Protocol):
+    """Cuts a parameter."""
+
+    def __call__(self, whole: torch.Tensor, slot: nn.Parameter) -> torch.Tensor:
+        """The part of `whole` that this rank holds, as the value of `slot`, in memory of its own. Not collective."""
+        ...
+
+
+def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
+    """The slots are the values, without a copy."""
+    for slot, value in zip(frame.slots, values, strict=True):
+        slot.data = value
+
+
 def allowed() -> None:
     """The check of a strategy that has nothing to refuse."""
 
@@ -77,6 +103,12 @@ class Strategy:
     forward: Forward
     backward: Backward
     gradients: Gradients
+    point: Point = point
+    reset: Callable[[Frame], None] | None = None
+    """Makes a frame fit for use again after an exception in the middle of a run; None: a new handle is attached."""
+    shard: Shard | None = None
+    """This rank's part of a parameter; None where every rank holds the whole. Then all ranks must make the same passes
+    through the net, since they gather it on the way."""
     check_unused: Callable[[], None] = allowed
     """Raises `CapabilityError` when this strategy cannot serve `allow_unused=True`."""
     check_transform: Callable[[], None] = allowed

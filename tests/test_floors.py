@@ -28,9 +28,9 @@ FLOORS = (
     ("strategy", "leases", "order"),  # what a strategy is; who may use which values; the order of the data
     ("strategies", "records"),  # the strategies; the values of training
     ("runtimes", "states"),  # where and how; the optimizer's values
-    ("losses",),  # what a loss function returns
-    ("binding", "building", "feeds", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
-    ("runs",),  # one forward and backward pass
+    ("losses", "copying"),  # what a loss function returns; nets of ours
+    ("binding", "cutting", "feeds", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
+    ("runs", "building"),  # one forward and backward pass; from a module to an engine
     ("starting", "reporting", "model", "modes", "gradients", "clipping", "optimizers", "data", "checkpoint"),  # verbs
     ("testing",),  # worlds, cases, laws
     ("__init__",),  # every public name

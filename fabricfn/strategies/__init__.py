@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fabricfn.errors import ConfigurationError
 from fabricfn.strategies.ddp import ddp as ddp
@@ -10,7 +10,25 @@ from fabricfn.strategies.functional import functional as functional
 from fabricfn.strategies.single import single as single
 from fabricfn.strategy import Strategy
 
-NAMES: dict[str, Callable[[], Strategy]] = {"single": single, "ddp": ddp, "functional": functional}
+if TYPE_CHECKING:
+    from fabricfn.strategies.sharded import fsdp as fsdp
+
+
+def __getattr__(name: str) -> Any:
+    if name != "fsdp":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("fabricfn.strategies.sharded").fsdp  # not at the top: importing DTensor takes 0.7 s
+
+
+def _fsdp() -> Strategy:
+    return __getattr__("fsdp")()
+
+
+NAMES: dict[str, Callable[[], Strategy]] = {
+    "single": single,
+    "ddp": ddp,
+    "functional": functional,
+}
 
 
 def resolve(strategy: str | Strategy, world_size: int) -> Strategy:

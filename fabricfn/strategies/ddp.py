@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fabricfn.engine import Box, Frame
 from fabricfn.errors import CapabilityError, ConfigurationError
+from fabricfn.precision import Precision
 from fabricfn.strategies.single import backward as run_backward, gradients as take
 from fabricfn.strategy import Strategy, allowed
 from fabricfn.world import World
@@ -65,8 +66,8 @@ def ddp(*, comm_hook: Callable[..., Any] | None = None, comm_state: object = Non
     if unknown := sorted(set(options) - known):
         raise ConfigurationError(f"ddp() has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
 
-    def attach(net: nn.Module, world: World) -> Reducer | None:
-        if world.group is None or not any(slot.requires_grad for slot in net.parameters()):
+    def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Reducer | None:
+        if frozen or world.group is None or not any(slot.requires_grad for slot in net.parameters()):
             return None
         module = DistributedDataParallel(
             Box(net), process_group=world.group, init_sync=False, **KEEP_BUFFERS, **options

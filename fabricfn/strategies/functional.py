@@ -16,6 +16,7 @@ from torch.func import functional_call
 from fabricfn.engine import Box, Frame, require_all
 from fabricfn.errors import CapabilityError
 from fabricfn.flat import all_reduce_mean
+from fabricfn.precision import Precision
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
 
@@ -35,8 +36,10 @@ def functional() -> Strategy:
     return Strategy(name="functional", attach=attach, forward=forward, backward=backward, gradients=gradients)
 
 
-def attach(net: nn.Module, world: World) -> Values:
+def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Values | None:
     """A box around the net, so that `functional_call` reaches any function of it."""
+    if frozen:
+        return None
     box = Box(net)
     return Values(box, tuple(name for name, _ in box.named_parameters()))
 
@@ -46,7 +49,9 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
     if not frames:
         return fn()
     frame, *others = frames
-    values: Values = frame.handle
+    values: Values | None = frame.handle
+    if values is None:
+        return forward(others, functools.partial(fn, frame.net), sync=sync, loss_fn=loss_fn)
     if values.leaves is None:
         values.leaves = [slot.detach().requires_grad_(slot.requires_grad) for slot in frame.slots]
         values.sums = [None] * len(values.leaves)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd import Variable
 
 from fabricfn.engine import Frame, require_all
+from fabricfn.precision import Precision
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
 
@@ -19,7 +20,7 @@ def single() -> Strategy:
     return Strategy(name="single", max_ranks=1, attach=attach, forward=forward, backward=backward, gradients=gradients)
 
 
-def attach(net: nn.Module, world: World) -> None:
+def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> None:
     """Nothing to tie."""
 
 

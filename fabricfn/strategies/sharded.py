@@ -1,0 +1,231 @@
+"""Sharded data parallel on torch's FSDP2 (`fully_shard`): every rank holds a part of each parameter.
+
+What it shards is a `Box` around the net, whose forward calls the user's loss function; the units inside are the user's
+own blocks. Laws and traps: docs/decisions/0006-fsdp.md.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fabricfn.engine import Box, Frame
+from fabricfn.errors import CapabilityError
+from fabricfn.precision import Precision
+from fabricfn.sharding import is_sharded, local_of, with_local
+from fabricfn.strategies.shards import Shards, gradients, watch
+from fabricfn.strategies.single import backward as run_backward
+from fabricfn.strategies.torch_fsdp import (
+    check_version,
+    clear,
+    is_idle,
+    let_go,
+    point as point_shards,
+    shard_slots,
+)
+from fabricfn.strategies.units import Units, plan
+from fabricfn.strategy import Strategy
+from fabricfn.world import World
+
+
+def fsdp(
+    *,
+    units: Units = "auto",
+    reshard_after_forward: bool | int = True,
+    gather_dtype: torch.dtype | None = None,
+) -> Strategy:
+    """Parameters, gradients and optimizer state cut over the ranks (ZeRO stage 3), by torch's `fully_shard`.
+
+    A *unit* is a sub-module whose parameters are gathered when its forward begins and let go when it ends; all others
+    are gathered for the whole loss function. The leaves of `Model`, `Grads` and of the optimizer's state are DTensors:
+    their shape is the global one, their memory this rank's part. Scalar parameters stay whole on every rank.
+
+    Every rank must run the same units in the same order. A unit's weights exist only inside its forward; elsewhere
+    gather them with `ff.unsharded`.
+
+    Args:
+        units: what to gather together: "auto" for the repeated blocks of lists, a module class or a tuple of them, a
+            predicate `(name, module) -> bool`, or None to gather the whole model at once. Weights tied over the border
+            of a unit undo it: they stay with the root.
+        reshard_after_forward: let a unit's parameters go after its forward and gather them again for the backward pass
+            (True); keep them (False), which is faster and needs more memory; or a divisor of the world size: keep a
+            larger part, as torch does.
+        gather_dtype: the dtype in which units are gathered. None is the dtype of the arithmetic under a "-mixed"
+            precision, else the parameters' own.
+
+    Example:
+        >>> fsdp(units=torch.nn.TransformerEncoderLayer).name
+        'fsdp'
+    """
+    check_version()
+
+    def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Shards | None:
+        if world.group is None:
+            return None
+        gather = gather_dtype or (precision.compute_dtype if precision.autocast else None)
+        options: dict[str, Any] = {
+            "mesh": DeviceMesh.from_group(world.group, world.device.type, mesh_dim_names=("dp",)),
+            "ignored_params": {slot for slot in net.parameters() if slot.dim() == 0},
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=gather,
+                reduce_dtype=None if gather is None else precision.param_dtype,
+                cast_forward_inputs=False,
+            ),
+        }
+        box, names = Box(net), plan(net, units)
+        for name in reversed(names):
+            again = True if frozen else reshard_after_forward
+            fully_shard(net.get_submodule(name), reshard_after_forward=again, **options)
+        # a frozen root is let go, too: no backward pass follows that would do so, and it would go stale
+        fully_shard(box, reshard_after_forward=True if frozen else None, **options)
+        return tied(box, names, world.device)
+
+    return Strategy(
+        name="fsdp",
+        attach=attach,
+        forward=forward,
+        backward=backward,
+        gradients=gradients,
+        point=point,
+        reset=reset,
+        shard=shard,
+        check_transform=refuse_transform,
+    )
+
+
+def tied(box: Any, units: tuple[str, ...], device: torch.device) -> Shards:
+    """The handle of a box that is sharded already, with memory in place of meta tensors."""
+    made: dict[int, torch.Tensor] = {}
+
+    def give_memory(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        return made.setdefault(id(tensor), torch.empty_like(tensor, device=device))
+
+    box._apply(give_memory)
+    box.set_reduce_scatter_unused_params(True)
+    check_dtypes(box)
+    shards = shard_slots(box)
+    return Shards(box, units, [shards.get(id(slot)) for slot in box.parameters()])
+
+
+def check_dtypes(box: nn.Module) -> None:
+    """Raise `CapabilityError` unless all trainable parameters have one dtype, which torch demands of each unit."""
+    dtypes = {slot.dtype for slot in box.parameters() if slot.requires_grad and is_sharded(slot)}
+    if len(dtypes) > 1:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise CapabilityError(
+            f"fsdp reduces the gradients of a unit together and needs trainable parameters of one dtype, found {found}."
+            ' Convert the module first (module.float()), or write strategy="ddp".'
+        )
+
+
+def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
+    """Let the shards of the frame be those of the values."""
+    shards: Shards | None = frame.handle
+    if shards is None:
+        for slot, value in zip(frame.slots, values, strict=True):
+            slot.data = value
+        return
+    cut: list[tuple[Any, torch.Tensor, str]] = []
+    for param, slot, value, name in zip(shards.params, frame.slots, values, frame.names, strict=True):
+        if param is None:
+            slot.data = value
+        else:
+            cut.append((param, value, name))
+    let_go(shards.box)  # whatever is gathered still is of the old values
+    frame.copied = point_shards(*zip(*cut, strict=True)) if cut else False
+
+
+def shard(whole: torch.Tensor, slot: nn.Parameter) -> torch.Tensor:
+    """A DTensor that is cut as FSDP cut the slot."""
+    if not is_sharded(slot):
+        return whole.clone()
+    like = cast("DTensor", slot)
+    value = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return with_local(value, local_of(value).clone())
+
+
+def reset(frame: Frame) -> None:
+    """After an exception: nothing gathered, no gradient, ready for the next run."""
+    shards: Shards | None = frame.handle
+    if shards is not None:
+        let_go(shards.box)
+        clear(shards.params)
+        shards.share = 1.0
+        shards.used.clear()
+
+
+def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
+    """`fn` of the nets, inside the boxes of all frames."""
+    if not frames:
+        return fn()
+    frame, *others = frames
+    shards: Shards | None = frame.handle
+    if shards is None:
+        return forward(others, functools.partial(fn, frame.net), sync=sync, loss_fn=loss_fn)
+    if not is_idle(shards.box):
+        let_go(shards.box)
+    if sync is not shards.sync:
+        shards.box.set_requires_gradient_sync(sync)
+        shards.sync = sync
+
+    def inside(net: nn.Module) -> Any:
+        return forward(others, functools.partial(fn, net), sync=sync, loss_fn=loss_fn)
+
+    try:
+        return shards.box(inside)
+    except RuntimeError as error:
+        explain(error, shards)
+        raise
+
+
+def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:
+    """Accumulate into the gathered parameters' `.grad`; FSDP averages and cuts them meanwhile."""
+    handles: list[Shards] = [frame.handle for frame in frames if frame.handle is not None]
+    for shards in handles:
+        if is_sharded(loss):
+            raise outside(shards)
+        watch(shards)
+        shards.share = share
+    try:
+        run_backward(frames, loss, share=1.0 if handles else share)
+    except RuntimeError as error:
+        for shards in handles:
+            explain(error, shards)
+        raise
+
+
+def explain(error: RuntimeError, shards: Shards) -> None:
+    """Raise `CapabilityError` in place of torch's words for what FSDP cannot do."""
+    text = str(error)
+    if "DTensor" in text:
+        raise outside(shards) from error
+    if "setStorage" in text or "out of bounds for storage" in text:
+        raise CapabilityError(
+            "a second derivative (create_graph=True inside the loss function) needs parameters that fsdp has let go"
+            ' already. Write strategy="functional" or "ddp".'
+        ) from error
+
+
+def outside(shards: Shards) -> CapabilityError:
+    """The error for a weight that is used where it is not gathered."""
+    units = ", ".join(shards.units[:8]) + (", ..." if shards.units[8:] else "")
+    return CapabilityError(
+        f"under fsdp the weights of a unit ({units}) exist only inside the unit's own forward, but the loss function"
+        " uses one elsewhere. Write `with ff.unsharded(rt, net.block): ...` around it, choose other units, or gather"
+        " the whole model at once: strategy=ff.strategies.fsdp(units=None)."
+    )
+
+
+def refuse_transform() -> None:
+    """Functions of torch.func do not see the gathering."""
+    raise CapabilityError(
+        "a torch.func transform cannot go through fsdp, whose parameters are gathered in hooks. Write"
+        ' strategy="functional", or use ff.gather_params and torch.func.functional_call.'
+    )
