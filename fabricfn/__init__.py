@@ -48,14 +48,13 @@ if TYPE_CHECKING:
         MismatchError as MismatchError,
         ModelError as ModelError,
     )
+    from fabricfn.gathering import gather_params as gather_params, to_module as to_module, unsharded as unsharded
     from fabricfn.gradients import accumulate as accumulate, value as value, value_and_grad as value_and_grad
     from fabricfn.model import (
         apply as apply,
         autocast as autocast,
-        gather_params as gather_params,
         init_module as init_module,
         setup_model as setup_model,
-        to_module as to_module,
     )
     from fabricfn.modes import eval_mode as eval_mode, map_params as map_params, train_mode as train_mode
     from fabricfn.optimizers import (
@@ -92,7 +91,8 @@ else:
         "precision": "Precision",
         "strategy": "Strategy",
         # the model, its gradients, the optimizer
-        "model": "setup_model init_module apply gather_params to_module autocast",
+        "model": "setup_model init_module apply autocast",
+        "gathering": "gather_params to_module unsharded",
         "modes": "eval_mode train_mode map_params",
         "gradients": "value_and_grad value accumulate",
         "clipping": "clip_gradients",

@@ -18,14 +18,14 @@ from fabricfn.binding import (
     transforming,
     unbound,
 )
-from fabricfn.building import Compile, buffers_of, build, plain_net, without_casts
+from fabricfn.building import Compile, buffers_of, build, plain_net
 from fabricfn.engine import Frame
 from fabricfn.errors import CapabilityError
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
-from fabricfn.sharding import full, is_sharded
+from fabricfn.sharding import is_sharded, whole
 from fabricfn.tree import tree_map
 
 M = TypeVar("M")
@@ -204,70 +204,3 @@ def autocast(rt: Runtime) -> contextlib.AbstractContextManager[Any]:
 def kept(leaf: Any) -> Any:
     """A slot is bound to other values later; its present values stay."""
     return leaf.detach() if isinstance(leaf, nn.Parameter) else leaf
-
-
-def gather_params(rt: Runtime, model: Model, *, dst: int | None = None) -> dict[str, torch.Tensor]:
-    """The full parameters of `model` by name, on every rank or on one, in memory of their own.
-
-    Every rank must call it: a strategy that shards parameters communicates here.
-
-    Args:
-        model: the values.
-        dst: the only rank that gets them; None is all.
-
-    Returns:
-        On every rank (on the others than `dst`: an empty dict) a dict name -> tensor of the full shape, in the
-        parameter's dtype and on its device.
-
-    Raises:
-        DonatedError: the model was given away.
-
-    Example:
-        >>> import torch, fabricfn as ff
-        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
-        >>> model = ff.setup_model(rt, torch.nn.Linear(2, 1))
-        >>> {name: tuple(value.shape) for name, value in ff.gather_params(rt, model).items()}
-        {'weight': (1, 2), 'bias': (1,)}
-    """
-    model.lease.check("Model")
-    wanted = dst is None or dst == rt.rank
-    found: dict[str, torch.Tensor] = {}
-    for name, value in model.params.items():
-        tensor = whole(value) if wanted or is_sharded(value) else value
-        if wanted:
-            found[name] = tensor
-    return found
-
-
-def to_module(rt: Runtime, model: Model) -> nn.Module:
-    """A plain `nn.Module` with the model's values, buffers and training mode, in memory of its own.
-
-    What the user's module was before `setup_model`, with the trained values: no hooks or casts of ours are left in it.
-    Not collective under strategies that keep whole parameters on every rank.
-
-    Args:
-        model: the values.
-
-    Returns:
-        A new module of the user's own class, on the model's device.
-
-    Raises:
-        DonatedError: the model was given away.
-        ModelError: a Model that was unpickled has no module behind it.
-
-    Example:
-        >>> import torch, fabricfn as ff
-        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
-        >>> model = ff.setup_model(rt, torch.nn.Linear(2, 1))
-        >>> ff.to_module(rt, model)
-        Linear(in_features=2, out_features=1, bias=True)
-    """
-    model.lease.check("Model")
-    engine = engine_of(model)
-    values = {name: whole(value) for name, value in model.params.items()}
-    return without_casts(engine, plain_net(engine, model, values))
-
-
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """A copy of the whole tensor."""
-    return full(value) if is_sharded(value) else value.clone()

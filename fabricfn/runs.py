@@ -46,6 +46,9 @@ def differentiate(
     try:
         for model in leaves:
             frames.append(acquire(model, frozen=False))
+            for slot in frames[-1].slots:
+                if slot.grad is not None:  # a graph that the user kept went back after its run
+                    slot.grad = None
         loss, aux, taken = through(rt, job, frames, spec, microbatches, rng)
         changed: list[dict[str, torch.Tensor]] | None = None
         if [frame for frame in frames if frame.places or frame.absent]:

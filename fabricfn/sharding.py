@@ -42,3 +42,12 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, on every rank of its mesh. Every one of these ranks must call it, in the same order."""
     whole: Any = tensor
     return whole.full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole tensor. Collective as `full` is."""
+    return full(tensor) if is_sharded(tensor) else tensor.clone()
+
+
+REACHED = "_fabricfn_reached"
+"""The attribute of a sharded slot that is called when a gradient has come by another way than its unit's own."""

@@ -31,7 +31,18 @@ FLOORS = (
     ("losses", "copying"),  # what a loss function returns; nets of ours
     ("binding", "cutting", "feeds", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
     ("runs", "building"),  # one forward and backward pass; from a module to an engine
-    ("starting", "reporting", "model", "modes", "gradients", "clipping", "optimizers", "data", "checkpoint"),  # verbs
+    (
+        "starting",
+        "reporting",
+        "model",
+        "gathering",
+        "modes",
+        "gradients",
+        "clipping",
+        "optimizers",
+        "data",
+        "checkpoint",
+    ),  # verbs
     ("testing",),  # worlds, cases, laws
     ("__init__",),  # every public name
 )

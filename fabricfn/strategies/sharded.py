@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fabricfn.engine import Box, Frame
 from fabricfn.errors import CapabilityError
 from fabricfn.precision import Precision
-from fabricfn.sharding import is_sharded, local_of, with_local
-from fabricfn.strategies.shards import Shards, gradients, watch
+from fabricfn.sharding import REACHED, is_sharded, local_of, with_local
+from fabricfn.strategies.shards import Shards, gradients, outside, watch
 from fabricfn.strategies.single import backward as run_backward
 from fabricfn.strategies.torch_fsdp import (
     check_version,
@@ -27,6 +27,7 @@ from fabricfn.strategies.torch_fsdp import (
     let_go,
     point as point_shards,
     shard_slots,
+    went_back,
 )
 from fabricfn.strategies.units import Units, plan
 from fabricfn.strategy import Strategy
@@ -110,8 +111,11 @@ def tied(box: Any, units: tuple[str, ...], device: torch.device) -> Shards:
     box._apply(give_memory)
     box.set_reduce_scatter_unused_params(True)
     check_dtypes(box)
-    shards = shard_slots(box)
-    return Shards(box, units, [shards.get(id(slot)) for slot in box.parameters()])
+    params = shard_slots(box)
+    shards = Shards(box, units, [params.get(id(slot)) for slot in box.parameters()])
+    for index, slot in enumerate(box.parameters()):
+        setattr(slot, REACHED, functools.partial(shards.used.add, index))
+    return shards
 
 
 def check_dtypes(box: nn.Module) -> None:
@@ -176,13 +180,19 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
         shards.sync = sync
 
     def inside(net: nn.Module) -> Any:
-        return forward(others, functools.partial(fn, net), sync=sync, loss_fn=loss_fn)
+        try:
+            result = forward(others, functools.partial(fn, net), sync=sync, loss_fn=loss_fn)
+        except RuntimeError as error:
+            if went_back(shards.box):
+                raise inner_backward() from error
+            if "DTensor" in str(error):
+                raise outside(shards) from error
+            raise
+        if went_back(shards.box):
+            raise inner_backward()
+        return result
 
-    try:
-        return shards.box(inside)
-    except RuntimeError as error:
-        explain(error, shards)
-        raise
+    return shards.box(inside)
 
 
 def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:
@@ -193,33 +203,15 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
             raise outside(shards)
         watch(shards)
         shards.share = share
-    try:
-        run_backward(frames, loss, share=1.0 if handles else share)
-    except RuntimeError as error:
-        for shards in handles:
-            explain(error, shards)
-        raise
+    run_backward(frames, loss, share=1.0 if handles else share)
 
 
-def explain(error: RuntimeError, shards: Shards) -> None:
-    """Raise `CapabilityError` in place of torch's words for what FSDP cannot do."""
-    text = str(error)
-    if "DTensor" in text:
-        raise outside(shards) from error
-    if "setStorage" in text or "out of bounds for storage" in text:
-        raise CapabilityError(
-            "a second derivative (create_graph=True inside the loss function) needs parameters that fsdp has let go"
-            ' already. Write strategy="functional" or "ddp".'
-        ) from error
-
-
-def outside(shards: Shards) -> CapabilityError:
-    """The error for a weight that is used where it is not gathered."""
-    units = ", ".join(shards.units[:8]) + (", ..." if shards.units[8:] else "")
+def inner_backward() -> CapabilityError:
+    """The error for a backward pass inside the loss function, after which FSDP has let all parameters go."""
     return CapabilityError(
-        f"under fsdp the weights of a unit ({units}) exist only inside the unit's own forward, but the loss function"
-        " uses one elsewhere. Write `with ff.unsharded(rt, net.block): ...` around it, choose other units, or gather"
-        " the whole model at once: strategy=ff.strategies.fsdp(units=None)."
+        "the loss function ran a backward pass of its own (torch.autograd.grad, or .backward()), which fsdp cannot do"
+        ' inside a loss: derivatives there need strategy="functional" or "ddp". A first one with respect to inputs can'
+        " be computed before: torch.autograd.grad over ff.apply(rt, model, x)."
     )
 
 

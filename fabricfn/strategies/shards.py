@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from fabricfn.engine import Frame, require_all
+from fabricfn.errors import CapabilityError
 from fabricfn.flat import all_reduce_mean
 from fabricfn.sharding import local_of
 from fabricfn.strategies.single import gradients as take
-from fabricfn.strategies.torch_fsdp import forget_graphs, gathered
+from fabricfn.strategies.torch_fsdp import close, gathered
 from fabricfn.world import World
 
 _kernels: Any = torch
@@ -72,7 +73,8 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
         grads = [slot.grad for slot in frame.slots]
         for slot in frame.slots:
             slot.grad = None
-        forget_graphs(shards.params)
+        if close(shards.params):
+            raise outside(shards)
         whole = [param is None for param in shards.params]
         reached.append([grad is not None and (whole[i] or i in shards.used) for i, grad in enumerate(grads)])
         shards.used.clear()
@@ -119,3 +121,13 @@ def anywhere(reached: list[list[bool]], world: World) -> list[list[bool]]:
     dist.all_reduce(flat, dist.ReduceOp.MAX, group=world.group)
     found = iter(cast("list[int]", flat.tolist()))
     return [[bool(next(found)) for _ in mask] for mask in reached]
+
+
+def outside(shards: Shards) -> CapabilityError:
+    """The error for a weight that is used where it is not gathered."""
+    units = ", ".join(shards.units[:8]) + (", ..." if shards.units[8:] else "")
+    return CapabilityError(
+        f"under fsdp the weights of a unit ({units}) exist only inside the unit's own forward, but the loss function"
+        " uses one elsewhere. Write `with ff.unsharded(rt, net.block): ...` around it, choose other units, or gather"
+        " the whole model at once: strategy=ff.strategies.fsdp(units=None)."
+    )

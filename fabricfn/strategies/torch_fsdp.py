@@ -72,9 +72,15 @@ def gathered(param: Any) -> torch.Tensor | None:
     return getattr(param, "_unsharded_param", None)
 
 
-def forget_graphs(params: Sequence[Any]) -> None:
-    """Let the backward pass of every graph so far fail: FSDP itself hides from autograd that the values change."""
-    increment_version([param._unsharded_param for param in params if hasattr(param, "_unsharded_param")])
+def close(params: Sequence[Any]) -> bool:
+    """After a run: the backward pass of every graph so far fails from now on, which FSDP itself prevents.
+
+    Returns:
+        Whether a gradient came after the unit was done with its own: it is not in the result.
+    """
+    slots = [param._unsharded_param for param in params if hasattr(param, "_unsharded_param")]
+    increment_version(slots)
+    return any(slot.grad is not None for slot in slots)
 
 
 def clear(params: Sequence[Any]) -> None:
@@ -95,3 +101,8 @@ def let_go(box: Any) -> None:
 def is_idle(box: Any) -> bool:
     """Whether no run was left in the middle, by an exception or by a backward pass through a leaked graph."""
     return all(group._training_state.name == "IDLE" for group in _groups(box))
+
+
+def went_back(box: Any) -> bool:
+    """Inside the forward of the box: whether a backward pass ran meanwhile, after which nothing is gathered."""
+    return box._get_fsdp_state()._training_state.name != "FORWARD"

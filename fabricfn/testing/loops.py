@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fabricfn.checkpoint import load, save
+from fabricfn.gathering import gather_params
 from fabricfn.gradients import accumulate, value
-from fabricfn.model import gather_params, setup_model
+from fabricfn.model import setup_model
 from fabricfn.modes import eval_mode
 from fabricfn.optimizers import optimizer_step, setup_optimizer
 from fabricfn.random import fold_in, key
