@@ -39,7 +39,8 @@ def plan(net: nn.Module, units: Units) -> tuple[str, ...]:
     if units is None:
         return ()
     modules = dict(named_modules(net))
-    chosen = {name for name in _chosen(modules, units) if next(modules[name].parameters(), None) is not None}
+    wanted = _chosen(modules, units) & modules.keys()  # a module that stands twice has one name
+    chosen = {name for name in wanted if next(modules[name].parameters(), None) is not None}
     for name in sorted(chosen):
         if type(modules[name]).forward is nn.Module.forward:
             raise ConfigurationError(
