@@ -83,6 +83,10 @@ def test_a_block_under_a_key_is_undone_nested_or_failed():
         torch.rand(0).item()
     with seeded(ff.key(2), CPU):
         assert torch.equal(torch.rand(2), inner)
+    with seeded(ff.key(2), CPU, 5), seeded(ff.fold_in(ff.key(2), 5), torch.device("cpu", 0)):
+        inner = torch.rand(2)
+    with seeded(ff.key(2), CPU, 5):
+        assert torch.equal(torch.rand(2), inner)
     assert all(torch.equal(before[name], value) for name, value in ff.random_state().items())
 
 
