@@ -49,6 +49,11 @@ if TYPE_CHECKING:
         ModelError as ModelError,
     )
     from fabricfn.gathering import gather_params as gather_params, to_module as to_module, unsharded as unsharded
+    from fabricfn.generators import (
+        random_state as random_state,
+        seed_everything as seed_everything,
+        set_random_state as set_random_state,
+    )
     from fabricfn.gradients import accumulate as accumulate, value as value, value_and_grad as value_and_grad
     from fabricfn.model import (
         apply as apply,
@@ -118,6 +123,7 @@ else:
         # trees and randomness
         "tree": "tree_map",
         "random": "key fold_in split Key",
+        "generators": "seed_everything random_state set_random_state",
     }
     _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
     _MODULES = ("errors", "strategies", "testing")

@@ -14,7 +14,7 @@ from fabricfn.engine import Frame
 from fabricfn.errors import ConfigurationError
 from fabricfn.losses import Buffers, Job, Sums, collect, finish
 from fabricfn.precision import autocast_of
-from fabricfn.random import Key, fold_in, seeded
+from fabricfn.random import Key, seeded
 from fabricfn.runs import differentiate, first_index, one_ahead
 from fabricfn.runtimes import Runtime
 
@@ -51,7 +51,8 @@ def value_and_grad(
         rank must call it. Gradients are for `models`, one Model or any tree of them, and `grads` has its shape. A Model
         anywhere in the other arguments is a constant: it arrives in loss_fn as a frozen net. `loss` is detached and
         this rank's own mean (the global one under `weighted`). `rng` is the key for dropout, one a step:
-        `rng=ff.fold_in(ff.key(1), opt.step)`; each rank folds in its number.
+        `rng=ff.fold_in(ff.key(1), opt.step)`; folded in is the index of the micro-batch in the global
+        batch, here the rank.
 
     Raises:
         GradientError: (from grad_fn) the loss is no scalar, or parameters got no gradient.
@@ -99,7 +100,7 @@ def accumulate(
         (wholly with `rng`), of argument tuples (a list, as DataLoader makes it, counts as a tuple; anything else is one
         argument). Every rank must call it; the ranks may have different numbers of micro-batches. With
         has_aux the aux is the list of the micro-batches' aux. With `rng` each micro-batch folds in its index in the
-        global batch.
+        global batch (those of the lower ranks come first): the same masks, however the ranks share the micro-batches.
 
     Raises:
         FabricfnError: as `value_and_grad` does.
@@ -135,7 +136,9 @@ def value(
 
     Returns:
         `value_fn(models, *args, rng=None, **kwargs) -> loss`, or `(loss, aux)` with has_aux. Changes of buffers are
-        dropped. Under `weighted` every rank must call it and gets the same number.
+        dropped. Under `weighted` every rank must call it and gets the same number. For an exact mean over a whole data
+        set pass `ff.batches(rt, loader)` as the argument and let loss_fn go through it, adding up (sum, weight) in
+        float64. `rng` as in `value_and_grad`.
 
     Raises:
         GradientError: (from value_fn) loss_fn returned something else, or the weights sum to zero.
@@ -156,7 +159,7 @@ def value(
         sums = Sums()
         try:
             nets, values, options = bind_constants((models, args, kwargs), frames)
-            seed = contextlib.nullcontext() if rng is None else seeded(fold_in(rng, rt.rank), rt.device)
+            seed = contextlib.nullcontext() if rng is None else seeded(rng, rt.device, rt.rank)
 
             def call(*_: Any) -> Any:
                 return loss_fn(nets, *values, **options)

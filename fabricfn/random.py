@@ -4,14 +4,16 @@ A key is one 64-bit number. `fold_in(key, step)` gives the key of a step, `split
 names and the idea are JAX's (https://docs.jax.dev/en/latest/jax.random.html); the mixing is BLAKE2b.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Generator
+from typing import Any, cast
 
 import torch
 
-from fabricfn.errors import ConfigurationError
+from fabricfn.errors import CapabilityError, ConfigurationError
+
+CPU = torch.device("cpu")
+SIGN = 1 << 63
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,12 +29,11 @@ class Key:
 
     @property
     def seed(self) -> int:
-        """The key as torch's generators take it: a signed 64-bit integer."""
-        return self.bits - (1 << 63)
+        """The key as torch's generators take it: 0 .. 2**64 - 1. (A negative one costs them twice the time.)"""
+        return self.bits ^ SIGN
 
 
-def _mix(*numbers: int) -> int:
-    text = ",".join(map(str, numbers)).encode()
+def _mix(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
@@ -50,7 +51,7 @@ def key(seed: int) -> Key:
         >>> key(0) == key(0), key(0) == key(1)
         (True, False)
     """
-    return Key(_mix(seed))
+    return Key(_mix(b"%d" % seed))
 
 
 def check_key(key: object) -> None:
@@ -77,7 +78,7 @@ def fold_in(key: Key, data: int) -> Key:
         False
     """
     check_key(key)
-    return Key(_mix(key.bits, data))
+    return Key(_mix(b"%d,%d" % (key.bits, data)))
 
 
 def split(key: Key, num: int = 2) -> tuple[Key, ...]:
@@ -99,22 +100,53 @@ def split(key: Key, num: int = 2) -> tuple[Key, ...]:
     return tuple(fold_in(key, index) for index in range(num))
 
 
-@contextlib.contextmanager
-def seeded(key: Key, device: torch.device) -> Generator[None]:
+class seeded:
     """Within the block the default generators of the CPU and of `device` start from `key`; then they are as before.
 
-    Handling the generators' own state costs 2 us, `torch.manual_seed` 140 us (measured). Threads share the default
-    generator, so randomness under threads-as-ranks is not reproducible.
+    With `index` they start from `fold_in(key, index)`, without making that key. The generators are asked themselves:
+    3 us alone, about 10 within a step (measured), where `torch.manual_seed`, which visits every kind of device, takes
+    130 and 230. Threads share the default generator: under threads-as-ranks randomness is not reproducible.
     """
-    check_key(key)
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(key.seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+
+    # A class with slots: contextlib.contextmanager would add as much again as the generators cost.
+    __slots__ = ("_other", "_other_state", "_seed", "_state")
+
+    def __init__(self, key: Key, device: torch.device, index: int | None = None) -> None:
+        check_key(key)
+        bits = key.bits if index is None else _mix(b"%d,%d" % (key.bits, index))
+        self._seed = bits ^ SIGN
+        self._other = None if device == CPU else device_generator(device)
+
+    def __enter__(self) -> None:
+        self._state = torch.default_generator.get_state()
+        if self._other is not None:
+            self._other_state = self._other.get_state()
+            self._other.manual_seed(self._seed)
+        torch.default_generator.manual_seed(self._seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.default_generator.set_state(self._state)
+        if self._other is not None:
+            self._other.set_state(self._other_state)
+
+
+def device_generator(device: torch.device) -> torch.Generator:
+    """The generator that random layers on a device draw from; the current device's where `device` has no index.
+
+    Initialises an accelerator when nothing did so before.
+    """
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    module: Any = getattr(torch, device.type, None)
+    if device.type in ("cuda", "xpu", "mtia"):
+        module.init()  # before that they have no generators
+    generators: Any = getattr(module, "default_generators", None)  # a back end from outside torch may have none
+    if generators is None:
+        raise CapabilityError(
+            f"random keys do not reach the generator of {device}: torch.{device.type}.default_generators is missing."
+            " Leave rng= out there and seed with ff.seed_everything(seed)."
+        )
+    index = cast("int | None", device.index)
+    return generators[module.current_device() if index is None else index]

@@ -18,7 +18,7 @@ from fabricfn.engine import Frame
 from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
 from fabricfn.losses import Buffers, Job, Sums, collect, finish
 from fabricfn.precision import autocast_of
-from fabricfn.random import Key, fold_in, seeded
+from fabricfn.random import Key, seeded
 from fabricfn.records import Grads, Model
 from fabricfn.runtimes import Runtime
 from fabricfn.tree import tree_flatten, tree_unflatten
@@ -86,7 +86,7 @@ def through(
             if rng is None:
                 run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
             else:
-                with seeded(fold_in(rng[0], rng[1] + sums.count), rt.device):
+                with seeded(rng[0], rt.device, rng[1] + sums.count):
                     run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
             if not (sync or apart):
                 apart = separate(frames)

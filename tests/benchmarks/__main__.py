@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fabricfn as ff
-from tests.benchmarks import inputs, ranks, report, steps
+from tests.benchmarks import inputs, randomness, ranks, report, steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +32,7 @@ def on_two_ranks(function: Any, **options: Any) -> Any:
 # name -> what measures it: called with the JSON that the row gives, in a process of its own.
 MEASURES = {
     "steps": steps.measure,
+    "randomness": randomness.measure,
     "ddp": functools.partial(on_two_ranks, ranks.measure_ddp),
     "collectives": functools.partial(on_two_ranks, ranks.measure_collectives),
     "to_device": inputs.measure_to_device,
@@ -70,6 +71,9 @@ def measure_all(quick: bool) -> dict[str, Any]:
     for layers, precision, rounds in ((4, "32-true", 400), (40, "32-true", 120), (4, "bf16-mixed", 300)):
         found = in_fresh_processes("steps", repeats, layers=layers, precision=precision, rounds=rounds // divisor)
         results[f"steps {layers} {precision}"] = medians(found, "plain")
+    results["randomness"] = medians(
+        in_fresh_processes("randomness", repeats, layers=4, rounds=400 // divisor), "no key"
+    )
     for accumulation, rounds in ((1, 300), (8, 120)):
         found = in_fresh_processes("ddp", repeats, layers=4, accumulation=accumulation, rounds=rounds // divisor)
         results[f"ddp {accumulation}"] = medians(found, "plain")

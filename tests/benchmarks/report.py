@@ -7,6 +7,7 @@ ASKED = {
     "steps 4 32-true": {"fabricfn, donated": 0.5, "fabricfn, pure": 0.6},
     "steps 40 32-true": {"fabricfn, donated": 0.45, "fabricfn, pure": 0.6},
     "steps 4 bf16-mixed": {"fabricfn, donated": 0.8},
+    "randomness": {"a key a step": 1.1},
     "ddp 1": {"fabricfn, donated": 1.0},
     "ddp 8": {"fabricfn, donated": 1.0},
     "collectives all_reduce": {"fabricfn": 0.05},
@@ -80,6 +81,11 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
     ours = {"fabricfn, donated": "fabricfn, donated", "fabricfn, pure": "fabricfn, pure"}
     peers = {"Lightning Fabric": "Lightning Fabric", "Accelerate": "Accelerate"}
     collectives = {"loop again (noise)": "again", "fabricfn": "fabricfn"}
+    seeding = {
+        "no key again (noise)": "again",
+        "a key a step": "a key a step",
+        "torch.manual_seed a step": "`torch.manual_seed` a step",
+    }
     first = {
         "imports": {name: name for name in list(results["imports"]["ratios"])[1:]},
         "first_step": {"plain again (noise)": "again", "fabricfn": "fabricfn"},
@@ -89,6 +95,9 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         "## One step, one process\n\nCPU time of forward, backward and AdamW for layers of `Linear(32, 32)`, batch 8."
         " By hand: `torch.optim.AdamW(params, lr)`.\n",
         table(results, STEP_ROWS, "by hand", {**hand, **ours, **peers}),
+        "## One step with dropout\n\nCPU time for 4 layers, each with dropout: fabricfn's step without a key, with"
+        " `rng=ff.fold_in(key, opt.step)`, and after `torch.manual_seed(opt.step)`.\n",
+        table(results, {"randomness": "4 layers"}, "no key", seeding),
         "## One step, two ranks\n\nWall time under ddp for 4 layers, against hand-written `DistributedDataParallel`"
         " (`no_sync` for the first micro-batches).\n",
         table(results, DDP_ROWS, "by hand", {**hand, **ours}),
