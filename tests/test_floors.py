@@ -24,7 +24,7 @@ FLOORS = (
         "flat",
         "sharding",
     ),  # facts, and plain machinery
-    ("engine", "permutations"),  # the mutable part behind a model; permutations with random access
+    ("engine", "permutations", "scaling"),  # behind a model; permutations with random access; the loss scale
     ("strategy", "leases", "order"),  # what a strategy is; who may use which values; the order of the data
     ("strategies", "records"),  # the strategies; the values of training
     ("runtimes", "states"),  # where and how; the optimizer's values
