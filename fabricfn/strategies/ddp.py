@@ -118,10 +118,13 @@ def hook_for(
     return mean_in, (dtype, world)
 
 
-def mean_in(state: tuple[torch.dtype, World], bucket: Any) -> Any:
+def mean_in(
+    state: tuple[torch.dtype, World],
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]  # torch demands the annotation
+) -> torch.futures.Future[torch.Tensor]:
     """A communication hook: the mean over ranks, computed in another dtype."""
     dtype, world = state
-    buffer: torch.Tensor = bucket.buffer()
+    buffer = bucket.buffer()
     # divided first, as DDP does it: a sum of 16-bit floats may overflow
     sent = buffer.to(dtype if buffer.is_floating_point() else buffer.dtype) / world.world_size
     work: Any = _all_reduce(sent, group=world.group, async_op=True)
