@@ -21,7 +21,7 @@ from fabricfn.precision import autocast_of
 from fabricfn.random import Key, fold_in, seeded
 from fabricfn.records import Grads, Model
 from fabricfn.runtimes import Runtime
-from fabricfn.scaling import LossScale, shared_scale
+from fabricfn.scaling import shared_scale
 from fabricfn.tree import tree_flatten, tree_unflatten
 from fabricfn.world import World
 
@@ -44,9 +44,9 @@ def differentiate(
         )
     leaves, spec = ([models], None) if type(models) is Model else flatten_models(models)
     frames: list[Frame] = []
-    sums, scales = Sums(), cast("list[LossScale | None]", [None] * len(leaves))
+    sums, scales = Sums(), None
     if rt.precision.loss_scale is not None:
-        sums.scale, scales[:] = shared_scale([model.loss_scale for model in leaves], rt.precision.loss_scale)
+        sums.scale, scales = shared_scale([model.loss_scale for model in leaves], rt.precision.loss_scale)
     try:
         for model in leaves:
             frames.append(acquire(model, frozen=False))
@@ -66,7 +66,8 @@ def differentiate(
     for index, model in enumerate(leaves):
         params = MappingProxyType(dict(zip(frames[index].names, taken[index], strict=True)))
         new_buffers = None if changed is None else changed[index] or None
-        grads.append(Grads(params=params, new_buffers=new_buffers, ref=model.ref, loss_scale=scales[index]))
+        before = None if scales is None else scales[index]
+        grads.append(Grads(params=params, new_buffers=new_buffers, ref=model.ref, loss_scale=before))
     return loss, aux, grads[0] if spec is None else tree_unflatten(spec, grads)
 
 

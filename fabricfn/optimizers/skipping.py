@@ -40,8 +40,8 @@ class Verdict:
 
 def judge(
     rt: Runtime, models: Sequence[Model], found: Sequence[Grads], gradients: Sequence[Tensor | None], name: str
-) -> Verdict | None:
-    """Whether the step is to be made; None under a precision without a loss scale. Every rank gets the same answer.
+) -> Verdict:
+    """Whether the step is to be made, under a precision with a loss scale. Every rank gets the same answer.
 
     A model goes on from the scale that it had when the gradients were made: several optimizers that share them (one for
     the matrices, one for the rest) change it once.
@@ -51,8 +51,7 @@ def judge(
         GradientError: the loss scale cannot fall any further.
     """
     settings = rt.precision.loss_scale
-    if settings is None:
-        return None
+    assert settings is not None
     if not found:
         raise CapabilityError(
             f"{name} with closure= evaluates several gradients in one step, of which none can be left out when it is"

@@ -91,7 +91,7 @@ def optimizer_step(
     found: list[Grads] = [] if closure is not None else parts(plan, grads, Grads)
     gradients = _gradients(plan, given, found)
     hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
-    verdict = judge(rt, given, found, gradients, plan.name)
+    verdict = None if rt.precision.loss_scale is None else judge(rt, given, found, gradients, plan.name)
     advance = plan.advance if verdict is None or verdict.finite else stay
     if not donate:
         params = _copied(plan, params)
