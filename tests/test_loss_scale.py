@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.optimizers.skipping import all_finite
+from fabricfn.sharding import full
 from fabricfn.testing import cases
 from fabricfn.testing.comparing import snapshot
 from fabricfn.tree import tree_leaves
@@ -319,6 +320,19 @@ def test_numbers_whose_squares_are_too_large_are_finite():
     after, _ = ff.optimizer_step(rt, model, opt, grads)
     assert state_of(after) == (65536.0, 1)
     torch.testing.assert_close(after.params["weight"], model.params["weight"] - 1)
+
+
+def test_gradients_of_several_dtypes():
+    rt = runtime()
+    module = nn.Sequential(nn.Linear(4, 4).double(), nn.Linear(4, 1).half())
+    model = ff.setup_model(dataclasses.replace(rt, precision=MIXED), module)
+    mixed = {name: value.dtype for name, value in model.params.items()}
+    assert set(mixed.values()) == {torch.float64, torch.float16}
+    for bad in (None, *mixed):
+        params = {name: torch.full_like(value, 6e4) for name, value in model.params.items()}
+        if bad is not None:
+            params[bad].view(-1)[0] = NAN
+        assert all_finite([*params.values()], rt.world) is (bad is None)
 
 
 def test_sparse_and_empty_gradients_are_looked_at():
@@ -631,9 +645,33 @@ def sharded(rt):
     return verdicts
 
 
+def train_sharded(rt):
+    """The bias of the last layer is one number: two of the three ranks hold nothing of it."""
+    module = cases.initialised(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)), 0).float()
+    model = ff.setup_model(rt, module)
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    _, first = ff.value_and_grad(rt, squares)(model, batch(rt.rank))
+    history = []
+    for donate in (False, True):
+        for bad in (True, False):
+            x = poisoned() if bad and rt.rank == 1 else batch(rt.rank)
+            _, grads = ff.value_and_grad(rt, squares)(model, x)
+            model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
+            if rt.precision.loss_scale is not None:
+                history.append(state_of(model))
+    return {name: full(value).clone() for name, value in first.params.items()}, ff.gather_params(rt, model), history
+
+
 def test_ranks_that_hold_parts_agree():
     with testing.processes(3) as world:
         assert world.run(sharded) == [[True, False, False]] * 3
+        plain = world.run(train_sharded, strategy=ff.strategies.fsdp(), precision=PLAIN)
+        found = world.run(train_sharded, strategy=ff.strategies.fsdp(), precision=runtime().precision)
+    assert_same([gradients for gradients, _, _ in found], [gradients for gradients, _, _ in plain])
+    for _, params, history in found:
+        assert history == [(32768.0, 0), (32768.0, 1), (16384.0, 0), (16384.0, 1)]
+        assert all(value.isfinite().all() for value in params.values())
+        assert_same(params, found[0][1])
 
 
 @pytest.fixture(scope="module")

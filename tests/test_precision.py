@@ -54,7 +54,7 @@ def test_a_cpu_takes_the_record_16_mixed_and_the_name_16_true():
 
 def test_16_true_trains_on_cpu(runtime):
     rt = runtime("16-true")
-    model = ff.setup_model(rt, nn.Linear(4, 1))
+    model = ff.setup_model(rt, testing.cases.initialised(nn.Linear(4, 1), 0))
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.125)
     grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
     losses = []

@@ -4,6 +4,7 @@ See [Note: loss scale] in `scaling.py`. This waits for the device: whether there
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,8 +82,8 @@ def all_finite(gradients: Sequence[Tensor | None], world: World) -> bool:
 def finite_here(gradients: Sequence[Tensor]) -> bool:
     """Whether every number of these tensors is finite.
 
-    The norms are quick (0.18 ms for 80 tensors of 4096 numbers, where isfinite of each takes 0.9 ms) and never finite
-    where a number is not; where one is not finite, it may be the sum of squares that was too large.
+    The norms take a sixth of the time of isfinite of each (80 tensors of 4096 numbers, CPU), and are never finite
+    where a number is not; where one is not finite, it may be a sum of squares that was too large.
     """
     values = [
         grad if grad.layout is torch.strided else grad.coalesce().values() if grad.is_sparse else grad.values()
@@ -92,8 +93,9 @@ def finite_here(gradients: Sequence[Tensor]) -> bool:
         return True
     with torch.no_grad():
         norms = _foreach_norm(values, 2)
-        first = norms[0].device
-        if bool(torch.stack([norm.to(first, torch.float32) for norm in norms]).isfinite().all()):
+        if len({(norm.dtype, norm.device) for norm in norms}) > 1:
+            norms = [norm.to(norms[0].device, torch.float32) for norm in norms]
+        if math.isfinite(torch.stack([*norms]).sum().item()):
             return True
         return all(bool(value.isfinite().all()) for value in values)
 
