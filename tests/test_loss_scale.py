@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.optimizers.skipping import all_finite
-from fabricfn.sharding import full
+from fabricfn.sharding import whole
 from fabricfn.testing import cases
 from fabricfn.testing.comparing import snapshot
 from fabricfn.tree import tree_leaves
@@ -659,7 +659,7 @@ def train_sharded(rt):
             model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
             if rt.precision.loss_scale is not None:
                 history.append(state_of(model))
-    return {name: full(value).clone() for name, value in first.params.items()}, ff.gather_params(rt, model), history
+    return {name: whole(value) for name, value in first.params.items()}, ff.gather_params(rt, model), history
 
 
 def test_ranks_that_hold_parts_agree():
