@@ -68,11 +68,12 @@ if TYPE_CHECKING:
         schedule_from_torch as schedule_from_torch,
         setup_optimizer as setup_optimizer,
     )
-    from fabricfn.precision import Precision as Precision
+    from fabricfn.precision import DynamicScale as DynamicScale, Precision as Precision
     from fabricfn.random import Key as Key, fold_in as fold_in, key as key, split as split
     from fabricfn.records import Cursor as Cursor, Grads as Grads, Model as Model
     from fabricfn.reporting import print as print, rank_zero_first as rank_zero_first, run_once as run_once
     from fabricfn.runtimes import Runtime as Runtime
+    from fabricfn.scaling import LossScale as LossScale
     from fabricfn.starting import (
         init_runtime as init_runtime,
         launch as launch,
@@ -93,7 +94,7 @@ else:
         "starting": "init_runtime runtime shutdown launch",
         "runtimes": "Runtime",
         "world": "World",
-        "precision": "Precision",
+        "precision": "Precision DynamicScale",
         "strategy": "Strategy",
         # the model, its gradients, the optimizer
         "model": "setup_model init_module apply autocast",
@@ -104,6 +105,7 @@ else:
         "optimizers": "setup_optimizer optimizer_step schedule_from_torch reduce_on_plateau",
         "states": "Optimizer",
         "records": "Model Grads Cursor",
+        "scaling": "LossScale",
         # data
         "data": "setup_dataloader setup_dataloaders batches",
         "transfers": "to_device",

@@ -89,7 +89,7 @@ def clip_gradients(
             raise GradientError(_blame(records, total_norm, rt.rank))
         places = addresses(tensors) if donate else []
         in_place = donate and len(set(places)) == len(places)  # a sum's two gradients may be views of one memory
-        clipped = _clip(tensors, total_norm, max_norm, clip_val, in_place)
+        clipped = _clip(tensors, total_norm, max_norm, clip_val, in_place, rt.precision.loss_scale is not None)
     out = _given_away(records) if in_place else _replaced(records, clipped)
     if donate:
         where = caller()
@@ -146,7 +146,9 @@ def _clip(
     max_norm: float | None,
     clip_val: float | None,
     in_place: bool,
+    mark: bool,
 ) -> Sequence[torch.Tensor]:
+    """With `mark`, what is infinite becomes NaN and not `clip_val`: a loss scale must see it and leave the step out."""
     if not tensors:
         return ()
     if max_norm is not None:
@@ -161,6 +163,8 @@ def _clip(
     assert clip_val is not None
     made = _kernels._foreach_clamp_max(tensors, clip_val)
     _kernels._foreach_clamp_min_(made, -clip_val)
+    if mark:
+        _kernels._foreach_add_(made, _kernels._foreach_mul(tensors, 0.0))
     return _written(tensors, made) if in_place else made
 
 
@@ -175,7 +179,13 @@ def _replaced(records: Sequence[Grads], clipped: Sequence[torch.Tensor]) -> list
     out: list[Grads] = []
     for record in records:
         params = {name: None if old is None else next(tensors) for name, old in record.params.items()}
-        out.append(Grads(params=MappingProxyType(params), new_buffers=record.new_buffers, ref=record.ref))
+        made = Grads(
+            params=MappingProxyType(params),
+            new_buffers=record.new_buffers,
+            ref=record.ref,
+            loss_scale=record.loss_scale,
+        )
+        out.append(made)
     return out
 
 
@@ -183,7 +193,14 @@ def _given_away(records: Sequence[Grads]) -> list[Grads]:
     out: list[Grads] = []
     for record in records:
         lease = Lease() if record.lease.values is None else watching(record.params)
-        out.append(Grads(params=record.params, new_buffers=record.new_buffers, ref=record.ref, lease=lease))
+        made = Grads(
+            params=record.params,
+            new_buffers=record.new_buffers,
+            ref=record.ref,
+            loss_scale=record.loss_scale,
+            lease=lease,
+        )
+        out.append(made)
     return out
 
 

@@ -33,10 +33,12 @@ class Sums:
     weight: Any = 0
     count: int = 0
     aux: list[Any] | None = None
+    scale: float | None = None
+    """By what the losses are multiplied before the backward pass; see [Note: loss scale]."""
 
 
 def collect(job: Job, sums: Sums, result: Any) -> torch.Tensor:
-    """Add the result of one call of the loss function to the sums; the loss itself, with its graph."""
+    """Add the result of one call of the loss function to the sums; the loss to be differentiated, with its graph."""
     aux: Any = None
     if job.has_aux:
         result, aux = unpacked(result, "has_aux=True", "(loss, aux)")
@@ -58,7 +60,7 @@ def collect(job: Job, sums: Sums, result: Any) -> torch.Tensor:
     sums.count += 1
     loss = result.detach().clone() if result.is_leaf else result.detach()  # it may be a parameter itself
     sums.loss = loss if sums.count == 1 else sums.loss + loss
-    return result
+    return result if sums.scale is None else result * sums.scale
 
 
 def detached(leaf: Any) -> Any:
@@ -77,8 +79,9 @@ def unpacked(result: Any, option: str, shape: str) -> tuple[Any, Any]:
 
 def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
     """(loss, the factor that the mean over ranks of the summed gradients still lacks, None for 1)."""
+    unscale = None if sums.scale is None else 1 / sums.scale
     if not job.weighted:
-        return sums.loss if sums.count == 1 else sums.loss / sums.count, None
+        return sums.loss if sums.count == 1 else sums.loss / sums.count, unscale
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.device) for part in (sums.loss, sums.weight)])
     if world.group is not None:
@@ -87,4 +90,4 @@ def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
     if weight == 0:
         raise GradientError("the weights of all ranks sum to zero, so the weighted mean does not exist.")
     mean = torch.tensor(loss / weight, dtype=sums.loss.dtype if sums.loss.is_floating_point() else dtype)
-    return mean.to(world.device), world.world_size / weight
+    return mean.to(world.device), world.world_size / weight * (unscale or 1)

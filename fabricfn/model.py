@@ -25,6 +25,7 @@ from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
+from fabricfn.scaling import first_scale
 from fabricfn.sharding import is_sharded, whole
 from fabricfn.tree import tree_map
 
@@ -76,6 +77,7 @@ def setup_model(
         params=values,
         buffers=buffers_of(frame),
         training=engine.training,
+        loss_scale=first_scale(rt.precision.loss_scale),
         ref=Ref(engine, signature),
     )
     release(acquire(model, frozen=False))

@@ -74,8 +74,8 @@ def train_mode(models: M) -> M:
 def map_params(f: Callable[..., torch.Tensor], model: Model, *others: Model) -> Model:
     """`f` on the floating parameters of one or several models of the same shapes: averages, EMA, interpolation.
 
-    Other parameters come from the first model; buffers from the last, since an average of counters is nonsense and
-    the statistics belong to the newest values. Not collective.
+    Other parameters come from the first model; buffers and the loss scale from the last, since an average of counters
+    is nonsense and the statistics belong to the newest values. Not collective.
 
     Args:
         f: takes one tensor per model and returns a new tensor of the same shape.
@@ -103,4 +103,5 @@ def map_params(f: Callable[..., torch.Tensor], model: Model, *others: Model) -> 
             name: f(value, *(other.params[name] for other in others)) if value.is_floating_point() else value.clone()
             for name, value in model.params.items()
         }
-    return dataclasses.replace(model, params=params, buffers=(model, *others)[-1].buffers)
+    last = (model, *others)[-1]
+    return dataclasses.replace(model, params=params, buffers=last.buffers, loss_scale=last.loss_scale)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,6 +10,30 @@ import torch
 from torch import nn
 
 from fabricfn.errors import ConfigurationError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicScale:
+    """Settings of a loss scale that finds its size by itself; the names and numbers of `torch.amp.GradScaler`."""
+
+    init_scale: float = 65536.0
+    """What a new model starts with."""
+    growth_factor: float = 2.0
+    """By what it is multiplied after `growth_interval` good steps in a row."""
+    backoff_factor: float = 0.5
+    """By what it is multiplied after a step whose gradients were not finite."""
+    growth_interval: int = 2000
+    """How many good steps in a row make it larger."""
+    min_scale: float = 2.0**-24
+    """Where it would fall below, `optimizer_step` raises `GradientError` instead of leaving out steps for ever."""
+
+    def __post_init__(self) -> None:
+        good = 0 < self.backoff_factor < 1 < self.growth_factor < math.inf and self.growth_interval >= 1
+        if not (good and 0 < self.min_scale <= self.init_scale < math.inf):
+            raise ConfigurationError(
+                f"{self}: a loss scale needs 0 < min_scale <= init_scale, 0 < backoff_factor < 1 < growth_factor, and"
+                " growth_interval >= 1, all finite. ff.DynamicScale() has the usual numbers."
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,18 +46,30 @@ class Precision:
     """The dtype of the arithmetic: floating inputs are cast to it where the net is entered (or by autocast)."""
     output_dtype: torch.dtype | None = None
     """The dtype to which floating outputs are cast where the net is left; None leaves them as they are."""
+    reduce_dtype: torch.dtype | None = None
+    """The dtype in which gradients are averaged over ranks; None is the gradient's own. The mean comes back in that."""
     autocast: bool = False
     """Whether the whole loss function runs under `torch.autocast(compute_dtype)`; then nothing else is cast."""
     convert: Callable[[nn.Module], nn.Module] | None = None
     """Applied to the copy of the module in `setup_model`, for libraries that replace layers."""
+    loss_scale: DynamicScale | float | None = None
+    """By what a loss is multiplied before its backward pass, for float16: settings, a number that stays, or nothing."""
+
+    def __post_init__(self) -> None:
+        static = self.loss_scale
+        if isinstance(static, float | int) and not 0 < static < math.inf:
+            raise ConfigurationError(f"loss_scale={static} must be a positive number, or ff.DynamicScale().")
+        if self.reduce_dtype is not None and not self.reduce_dtype.is_floating_point:
+            raise ConfigurationError(f"reduce_dtype={self.reduce_dtype} cannot hold a mean; write torch.float32.")
 
     @staticmethod
     def parse(precision: "str | int | Precision") -> "Precision":
         """The record that a name stands for.
 
         Args:
-            precision: "64-true", "32-true", "bf16-true", "bf16-mixed", an alias ("64", 64, "double", "32", 32, "float",
-                "bf16" which is bf16-mixed), or a record, which is returned as it is.
+            precision: "64-true", "32-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed", an alias ("64", 64,
+                "double", "32", 32, "float", "bf16" which is bf16-mixed, "16", 16 and "fp16" which are 16-mixed, "half"
+                which is 16-true), or a record, which is returned as it is.
 
         Raises:
             ConfigurationError: the name is unknown; the message lists the known ones.
@@ -47,11 +84,6 @@ class Precision:
         name = ALIASES.get(name, name)
         if name in NAMES:
             return NAMES[name]
-        if name.startswith(("16", "fp16", "half")):
-            raise ConfigurationError(
-                f"precision={precision!r}: 16-bit floats need a loss scale, which this version of fabricfn does not"
-                ' have. Write precision="bf16-mixed", which needs none and also runs on CPU.'
-            )
         raise ConfigurationError(
             f"precision={precision!r} is unknown; there are {', '.join(NAMES)} and the aliases"
             f" {', '.join(f'{alias} = {name}' for alias, name in ALIASES.items())}, or pass an ff.Precision record."
@@ -63,9 +95,29 @@ NAMES: dict[str, Precision] = {
     "32-true": Precision(),
     "bf16-true": Precision(param_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, output_dtype=torch.float32),
     "bf16-mixed": Precision(compute_dtype=torch.bfloat16, autocast=True),
+    "16-true": Precision(param_dtype=torch.float16, compute_dtype=torch.float16, output_dtype=torch.float32),
+    "16-mixed": Precision(compute_dtype=torch.float16, autocast=True, loss_scale=DynamicScale()),
 }
 
-ALIASES = {"64": "64-true", "double": "64-true", "32": "32-true", "float": "32-true", "bf16": "bf16-mixed"}
+ALIASES = {
+    **{"64": "64-true", "double": "64-true", "32": "32-true", "float": "32-true", "bf16": "bf16-mixed"},
+    **{"16": "16-mixed", "fp16": "16-mixed", "half": "16-true"},
+}
+
+
+def check_name(precision: str | int | Precision, accelerator: str) -> None:
+    """Refuse a name that means nothing good on this kind of device; a record is taken at its word.
+
+    Raises:
+        ConfigurationError: the name is unknown, or it is 16-mixed on CPU.
+    """
+    found = Precision.parse(precision)
+    if accelerator == "cpu" and found is NAMES["16-mixed"] and found is not precision:
+        raise ConfigurationError(
+            f"precision={precision!r} is for accelerators: a CPU gains nothing from float16. Write"
+            ' precision="bf16-mixed", which needs no loss scale; to try the loss scale on CPU all the same, pass the'
+            ' record: precision=ff.Precision.parse("16-mixed").'
+        )
 
 
 def autocast_of(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:

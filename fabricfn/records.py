@@ -15,6 +15,7 @@ import torch
 from fabricfn.engine import Engine
 from fabricfn.errors import GradientError
 from fabricfn.leases import NO_LEASE, Lease, Place, increment_version, versions_of
+from fabricfn.scaling import LossScale
 from fabricfn.tree import register
 
 
@@ -69,6 +70,9 @@ class Model:
     """name -> tensor, the persistent buffers."""
     training: frozenset[str]
     """The names of the sub-modules in training mode ("" is the root); see `eval_mode`, `train_mode`."""
+    loss_scale: LossScale | None = None
+    """Where the loss scale of fp16 has got to; None under a precision without one. Not a leaf: `tree_map` hands on that
+    of the first model, `map_params` that of the last."""
     ref: Ref = dataclasses.field(repr=False)
     lease: Lease = dataclasses.field(default=NO_LEASE, repr=False)
 
@@ -92,7 +96,7 @@ class Model:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.lease.spent is not None:
             self.lease.check("Model")
-        return (_model, (dict(self.params), dict(self.buffers), self.training, self.ref))
+        return (_model, (dict(self.params), dict(self.buffers), self.training, self.ref, self.loss_scale))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -101,25 +105,26 @@ class Model:
         )
 
 
-def _model(params: Any, buffers: Any, training: frozenset[str], ref: Ref) -> Model:
-    return Model(params=params, buffers=buffers, training=training, ref=ref)
+def _model(params: Any, buffers: Any, training: frozenset[str], ref: Ref, loss_scale: LossScale | None = None) -> Model:
+    return Model(params=params, buffers=buffers, training=training, ref=ref, loss_scale=loss_scale)
 
 
 def _flatten_model(model: Model) -> tuple[Sequence[Any], Static, Sequence[str]]:
     if model.lease.spent is not None:
         model.lease.check("Model")
     children = (*model.params.values(), *model.buffers.values())
-    static = Static(model.ref, (tuple(model.params), tuple(model.buffers), model.training))
+    static = Static(model.ref, (tuple(model.params), tuple(model.buffers), model.training, model.loss_scale))
     return children, static, (*model.params, *model.buffers)
 
 
 def _unflatten_model(static: Static, children: Iterable[Any]) -> Model:
-    names, buffer_names, training = static.payload
+    names, buffer_names, training, loss_scale = static.payload
     leaves = tuple(children)
     return Model(
         params=dict(zip(names, leaves[: len(names)], strict=True)),
         buffers=dict(zip(buffer_names, leaves[len(names) :], strict=True)),
         training=training,
+        loss_scale=loss_scale,
         ref=static.ref,
     )
 
@@ -133,15 +138,19 @@ class Grads:
     new_buffers: Mapping[str, torch.Tensor] | None = dataclasses.field(default=None, repr=False)
     """The buffers that the forward pass changed, which `optimizer_step` puts into the next model. Not leaves: adding
     or scaling gradients must not change batch statistics."""
+    loss_scale: LossScale | None = dataclasses.field(default=None, repr=False)
+    """That of the model when the gradients were made, from which `optimizer_step` goes on. The gradients are true all
+    the same: they were divided by it."""
     ref: Ref = dataclasses.field(repr=False)
     lease: Lease = dataclasses.field(default_factory=Lease, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_grads, (dict(self.params), None if self.new_buffers is None else dict(self.new_buffers), self.ref))
+        new_buffers = None if self.new_buffers is None else dict(self.new_buffers)
+        return (_grads, (dict(self.params), new_buffers, self.ref, self.loss_scale))
 
 
-def _grads(params: Any, new_buffers: Any, ref: Ref) -> Grads:
-    return Grads(params=MappingProxyType(params), new_buffers=new_buffers, ref=ref)
+def _grads(params: Any, new_buffers: Any, ref: Ref, loss_scale: LossScale | None = None) -> Grads:
+    return Grads(params=MappingProxyType(params), new_buffers=new_buffers, ref=ref, loss_scale=loss_scale)
 
 
 def _flatten_grads(grads: Grads) -> tuple[Sequence[Any], Static, Sequence[str]]:
@@ -152,13 +161,14 @@ def _flatten_grads(grads: Grads) -> tuple[Sequence[Any], Static, Sequence[str]]:
         watch = watching(grads.params)
         lease.values, lease.versions = watch.values, watch.versions
     names = tuple(grads.params)
-    return tuple(grads.params.values()), Static(grads.ref, (names, grads.new_buffers)), names
+    return tuple(grads.params.values()), Static(grads.ref, (names, grads.new_buffers, grads.loss_scale)), names
 
 
 def _unflatten_grads(static: Static, children: Iterable[Any]) -> Grads:
-    names, new_buffers = static.payload
+    names, new_buffers, loss_scale = static.payload
     params = MappingProxyType(dict(zip(names, children, strict=True)))
-    return Grads(params=params, new_buffers=new_buffers, ref=static.ref, lease=watching(params))
+    lease = watching(params)
+    return Grads(params=params, new_buffers=new_buffers, ref=static.ref, loss_scale=loss_scale, lease=lease)
 
 
 def watching(params: Mapping[str, torch.Tensor | None]) -> Lease:
@@ -173,7 +183,7 @@ register(Grads, _flatten_grads, _unflatten_grads)
 def renewed(model: Model, params: Mapping[str, torch.Tensor], new_buffers: Mapping[str, torch.Tensor] | None) -> Model:
     """The model with other values; `model` stays as it is."""
     buffers = model.buffers if new_buffers is None else MappingProxyType({**model.buffers, **new_buffers})
-    return Model(params=params, buffers=buffers, training=model.training, ref=model.ref)
+    return Model(params=params, buffers=buffers, training=model.training, ref=model.ref, loss_scale=model.loss_scale)
 
 
 def handed_on(
@@ -205,7 +215,9 @@ def handed_on(
             increment_version(frame.slots)
             owner.frames, frame.owner = (), None
     buffers = model.buffers if new_buffers is None else MappingProxyType({**model.buffers, **new_buffers})
-    return Model(params=params, buffers=buffers, training=model.training, ref=model.ref, lease=new)
+    return Model(
+        params=params, buffers=buffers, training=model.training, ref=model.ref, loss_scale=model.loss_scale, lease=new
+    )
 
 
 def check_fit(model: Model, grads: Grads) -> None:

@@ -21,6 +21,7 @@ from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.records import Grads, Model
 from fabricfn.runtimes import Runtime
+from fabricfn.scaling import shared_scale
 from fabricfn.tree import tree_flatten, tree_unflatten
 from fabricfn.world import World
 
@@ -43,13 +44,16 @@ def differentiate(
         )
     leaves, spec = ([models], None) if type(models) is Model else flatten_models(models)
     frames: list[Frame] = []
+    sums, scales = Sums(), None
+    if rt.precision.loss_scale is not None:
+        sums.scale, scales = shared_scale([model.loss_scale for model in leaves], rt.precision.loss_scale)
     try:
         for model in leaves:
             frames.append(acquire(model, frozen=False))
             for slot in frames[-1].slots:
                 if slot.grad is not None:  # a graph that the user kept went back after its run
                     slot.grad = None
-        loss, aux, taken = through(rt, job, frames, spec, microbatches, rng)
+        loss, aux, taken = through(rt, job, frames, spec, microbatches, rng, sums)
         changed: list[dict[str, torch.Tensor]] | None = None
         if [frame for frame in frames if frame.places or frame.absent]:
             changed = [changed_buffers(frame, model) for frame, model in zip(frames, leaves, strict=True)]
@@ -62,7 +66,8 @@ def differentiate(
     for index, model in enumerate(leaves):
         params = MappingProxyType(dict(zip(frames[index].names, taken[index], strict=True)))
         new_buffers = None if changed is None else changed[index] or None
-        grads.append(Grads(params=params, new_buffers=new_buffers, ref=model.ref))
+        before = None if scales is None else scales[index]
+        grads.append(Grads(params=params, new_buffers=new_buffers, ref=model.ref, loss_scale=before))
     return loss, aux, grads[0] if spec is None else tree_unflatten(spec, grads)
 
 
@@ -73,9 +78,9 @@ def through(
     spec: Any,
     microbatches: Iterable[Microbatch],
     rng: tuple[Key, int] | None,
+    sums: Sums,
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of all micro-batches: (loss, aux, gradients), the mean over all of them and all ranks."""
-    sums = Sums()
     apart = False
     grad_enabled = torch.is_grad_enabled()
     try:

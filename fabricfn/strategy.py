@@ -27,6 +27,7 @@ class Attach(Protocol):
         """Tie the machinery of synchronisation to the parameters of `net`; the handle, or None. Called by every rank.
 
         A frozen net is a constant of a loss, or is there for `apply`: it needs machinery only where values are sharded.
+        `gradients` then averages over ranks in `precision.reduce_dtype`, if that is set.
         """
         ...
 

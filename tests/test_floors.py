@@ -24,7 +24,8 @@ FLOORS = (
         "flat",
         "sharding",
     ),  # facts, and plain machinery
-    ("engine", "permutations", "generators"),  # behind a model; permutations with random access; global generators
+    # behind a model; permutations with random access; the loss scale; global generators
+    ("engine", "permutations", "scaling", "generators"),
     ("strategy", "leases", "order"),  # what a strategy is; who may use which values; the order of the data
     ("strategies", "records"),  # the strategies; the values of training
     ("runtimes", "states"),  # where and how; the optimizer's values

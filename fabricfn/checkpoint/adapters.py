@@ -34,29 +34,39 @@ class Adapter:
     """(record, where): spend its lease, before its tensors are overwritten."""
     free: frozenset[str] = frozenset()
     """The fields whose structure the checkpoint decides, not the template: state that grows while training."""
+    optional: frozenset[str] = frozenset()
+    """The fields that one side may lack: then the template stays as it is."""
 
 
 def _model_to_tree(model: Model) -> dict[str, Any]:
     model.lease.check("Model")
-    return {"params": dict(model.params), "buffers": dict(model.buffers), "training": sorted(model.training)}
+    fields = {"params": dict(model.params), "buffers": dict(model.buffers), "training": sorted(model.training)}
+    return {**fields, **_scale_to_tree(model)}
+
+
+def _scale_to_tree(record: Model | Grads) -> dict[str, Any]:
+    """Nothing under a precision without a loss scale: such checkpoints fit those of any other precision."""
+    return {} if record.loss_scale is None else {"loss_scale": record.loss_scale}
 
 
 def _model_from_tree(like: Model, fields: dict[str, Any], where: Place | None) -> Model:
-    training = frozenset(fields["training"])
+    changes = {"training": frozenset(fields["training"]), "loss_scale": fields.get("loss_scale")}
     if where is not None:
-        return dataclasses.replace(handed_on(like, fields["buffers"], where), training=training)
-    return dataclasses.replace(like, params=fields["params"], buffers=fields["buffers"], training=training)
+        return dataclasses.replace(handed_on(like, fields["buffers"], where), **changes)
+    return dataclasses.replace(like, params=fields["params"], buffers=fields["buffers"], **changes)
 
 
 def _grads_to_tree(grads: Grads) -> dict[str, Any]:
     grads.lease.check("Grads")
     new = grads.new_buffers
-    return {"params": dict(grads.params), "new_buffers": None if new is None else dict(new)}
+    fields = {"params": dict(grads.params), "new_buffers": None if new is None else dict(new)}
+    return {**fields, **_scale_to_tree(grads)}
 
 
 def _grads_from_tree(like: Grads, fields: dict[str, Any], where: Place | None) -> Grads:
     params = MappingProxyType(fields["params"])
-    return dataclasses.replace(like, params=params, new_buffers=fields["new_buffers"], lease=Lease())
+    changes = {"new_buffers": fields["new_buffers"], "loss_scale": fields.get("loss_scale")}
+    return dataclasses.replace(like, params=params, **changes, lease=Lease())
 
 
 def _optimizer_from_tree(like: Optimizer, fields: dict[str, Any], where: Place | None) -> Optimizer:
@@ -74,6 +84,7 @@ ADAPTERS: dict[type, Adapter] = {
         from_tree=_model_from_tree,
         claim=_spend,
         free=frozenset({"training"}),
+        optional=frozenset({"loss_scale"}),
     ),
     Grads: Adapter(
         tag="Grads",
@@ -81,6 +92,7 @@ ADAPTERS: dict[type, Adapter] = {
         from_tree=_grads_from_tree,
         claim=_spend,
         free=frozenset({"new_buffers"}),
+        optional=frozenset({"loss_scale"}),
     ),
     Optimizer: Adapter(
         tag="Optimizer",

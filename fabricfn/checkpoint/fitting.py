@@ -170,23 +170,23 @@ class _Fitter:
         more = {key: self.plain(child, (*path, key)) for key, child in children.items() if key not in like}
         return {key: {**found, **more}[key] for key in (*children, *found)}
 
-    def further(self, like: Any, node: Node, path: Path, top: bool) -> None:
+    def further(self, like: Any, node: Node, path: Path, top: bool, optional: frozenset[str] = frozenset()) -> None:
         """Note the entries that only the checkpoint has."""
         for key, child in zip(node.keys, node.children, strict=True):
             if key in like:
                 continue
             if top or self.extras:
                 self.rest.append(((*path, key), self.plain(child, (*path, key))))
-            else:
+            elif key not in optional:
                 self.problem((*path, key), "is in the checkpoint, not in the template")
 
     def left_out(self, item: Any, path: Path) -> bool:
         """Whether `only` selects nothing of this entry of the template."""
         return self.only is not None and not any(map(self.selected, leaf_paths(item, path)))
 
-    def absent(self, item: Any, path: Path) -> Build:
+    def absent(self, item: Any, path: Path, optional: bool = False) -> Build:
         self.missing.append(path_text(path))
-        if self.exact:
+        if self.exact and not optional:
             return self.problem(path, "is in the template, not in the checkpoint")
         return _keep(item)
 
@@ -209,8 +209,8 @@ class _Fitter:
             elif self.left_out(item, (*path, key)):
                 found[key] = _keep(item)
             else:
-                found[key] = self.absent(item, (*path, key))
-        self.further(fields, node, path, False)
+                found[key] = self.absent(item, (*path, key), key in adapter.optional)
+        self.further(fields, node, path, False, adapter.optional)
         if found and all(part.kept for part in found.values()):
             return _keep(like)
         keys, where = tuple(found), self.where

@@ -12,6 +12,7 @@ from fabricfn.errors import ConfigurationError, ModelError
 from fabricfn.leases import NOWHERE, Place, caller, unbind
 from fabricfn.optimizers.kernels import clones
 from fabricfn.optimizers.layout import joined, mappings, parts, values_of
+from fabricfn.optimizers.skipping import judge, stay
 from fabricfn.records import Grads, Model, check_fit, handed_on, renewed
 from fabricfn.runtimes import Runtime
 from fabricfn.states import Optimizer, Plan, addresses, exposed
@@ -37,6 +38,10 @@ def optimizer_step(
     is left out, as in torch. Not collective under strategies that keep whole gradients on every rank; every rank
     computes the same values.
 
+    Under a precision with a loss scale ("16-mixed"), a step whose gradients are not all finite is left out, on all
+    ranks alike: parameters, state and buffers keep their bits, `opt.step` counts the call, and `model.loss_scale` goes
+    on (see `LossScale`). Donated inputs are given away all the same.
+
     Args:
         models: one Model or the tree of Models that `setup_optimizer` was given.
         opt: its state.
@@ -53,7 +58,8 @@ def optimizer_step(
 
     Raises:
         DonatedError: some input was given away, or shares tensors with one that was.
-        GradientError: gradients of another model.
+        GradientError: gradients of another model; gradients that are still not finite at the smallest loss scale.
+        CapabilityError: closure under a precision with a loss scale.
         ConfigurationError: an unknown hyperparameter; another tree of models than the optimizer's; grads and closure.
 
     Example:
@@ -85,6 +91,8 @@ def optimizer_step(
     found: list[Grads] = [] if closure is not None else parts(plan, grads, Grads)
     gradients = _gradients(plan, given, found)
     hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
+    verdict = None if rt.precision.loss_scale is None else judge(rt, given, found, gradients, plan.name)
+    advance = plan.advance if verdict is None or verdict.finite else stay
     if not donate:
         params = _copied(plan, params)
     else:
@@ -92,14 +100,14 @@ def optimizer_step(
     trial = None if closure is None else _Trial(plan, given, params, closure)
     where = caller() if donate else NOWHERE
     try:
-        store, shared, hyperparams = plan.advance(
+        store, shared, hyperparams = advance(
             opt, params, gradients, hyperparams, donate, None if trial is None else trial.evaluate
         )
     except BaseException:
         if donate:  # half of the tensors may be changed
             _spend(plan, given, params, opt, found, where)
         raise
-    buffers = [one.new_buffers for one in found] if trial is None else trial.buffers
+    buffers = trial.buffers if trial is not None else [None if advance is stay else one.new_buffers for one in found]
     if donate:
         touched = _touched(plan, params)
         made = [handed_on(*three) for three in zip(given, buffers, repeat(where), touched, strict=False)]
@@ -108,6 +116,8 @@ def optimizer_step(
     else:
         renew = zip(given, mappings(plan, params), buffers, strict=True)
         made = [renewed(model, values, new) for model, values, new in renew]
+    if verdict is not None:
+        made = verdict.rescaled(made)
     after = Optimizer(store=store, shared=shared, hyperparams=tuple(hyperparams), step=opt.step + 1, plan=plan)
     if donate:
         _give_away(opt, found, where, after)

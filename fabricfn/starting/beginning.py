@@ -56,7 +56,8 @@ def init_runtime(
         strategy: "auto" (single for one rank, else ddp), "single", "ddp", "functional", a `Strategy` record, or
             "package.module:factory".
         num_nodes: the number of machines.
-        precision: "32-true", "64-true", "bf16-true", "bf16-mixed", an alias or a record, as `Precision.parse` takes.
+        precision: "32-true", "64-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed" (not on CPU), an alias or a
+            record, as `Precision.parse` takes.
         environment: the launcher, if it is not to be found out: "workers", "torchrun", "single" (which ignores any), or
             a `fabricfn.environments.Topology` of your own.
         seed: any integer, `rt.seed`; None is 0. Global generators are left alone.

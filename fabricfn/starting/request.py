@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fabricfn.accelerators import Choice, available, choose
 from fabricfn.environments import Topology
 from fabricfn.errors import ConfigurationError
-from fabricfn.precision import Precision
+from fabricfn.precision import Precision, check_name
 from fabricfn.strategies import resolve
 from fabricfn.strategy import Strategy
 
@@ -68,7 +68,9 @@ def choice_of(request: Request) -> Choice:
     if seconds(request.timeout) <= 0:
         raise ConfigurationError(f"timeout={request.timeout!r} must be a positive number of seconds.")
     Precision.parse(request.precision)
-    return choose(request.accelerator, request.devices, available())
+    choice = choose(request.accelerator, request.devices, available())
+    check_name(request.precision, choice.accelerator)
+    return choice
 
 
 def seconds(timeout: float | timedelta) -> float:

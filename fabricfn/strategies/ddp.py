@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,6 +34,8 @@ OURS = frozenset(
 PARAMETERS = frozenset(inspect.signature(DistributedDataParallel).parameters)
 KEEP_BUFFERS = {("forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "broadcast_buffers"): False}
 """torch 2.13 renamed the option and warns at the old name."""
+
+_all_reduce: Any = dist.all_reduce  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,13 +70,14 @@ def ddp(*, comm_hook: Callable[..., Any] | None = None, comm_state: object = Non
         raise ConfigurationError(f"ddp() has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
 
     def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Reducer | None:
+        hook, state = hook_for(precision.reduce_dtype, world, comm_hook, comm_state)
         if frozen or world.group is None or not any(slot.requires_grad for slot in net.parameters()):
             return None
         module = DistributedDataParallel(
             Box(net), process_group=world.group, init_sync=False, **KEEP_BUFFERS, **options
         )
-        if comm_hook is not None:
-            module.register_comm_hook(comm_state, comm_hook)
+        if hook is not None:
+            module.register_comm_hook(state, hook)
         if not options.get("find_unused_parameters"):
             # Left alone, the reducer re-orders its buckets after the first backward, and with three or more ranks the
             # sums then differ in their last bits from call to call, and with what ran first.
@@ -98,6 +102,37 @@ def ddp(*, comm_hook: Callable[..., Any] | None = None, comm_state: object = Non
         check_unused=allowed if options.get("find_unused_parameters") else refuse_unused,
         check_transform=refuse_transform,
     )
+
+
+def hook_for(
+    dtype: torch.dtype | None, world: World, comm_hook: Callable[..., Any] | None, comm_state: object
+) -> tuple[Callable[..., Any] | None, object]:
+    """(the hook that reduces buckets, its first argument)."""
+    if dtype is None:
+        return comm_hook, comm_state
+    if comm_hook is not None:
+        raise ConfigurationError(
+            f"ddp(comm_hook=...) decides by itself in which dtype gradients travel, and Precision(reduce_dtype={dtype})"
+            " says another. Leave one of them out."
+        )
+    return mean_in, (dtype, world)
+
+
+def mean_in(
+    state: tuple[torch.dtype, World],
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]  # torch demands the annotation
+) -> torch.futures.Future[torch.Tensor]:
+    """A communication hook: the mean over ranks, computed in another dtype."""
+    dtype, world = state
+    buffer = bucket.buffer()
+    # divided first, as DDP does it: a sum of 16-bit floats may overflow
+    sent = buffer.to(dtype if buffer.is_floating_point() else buffer.dtype) / world.world_size
+    work: Any = _all_reduce(sent, group=world.group, async_op=True)
+
+    def cast_back(future: Any) -> torch.Tensor:
+        return buffer.copy_(future.value()[0])
+
+    return work.get_future().then(cast_back)
 
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:

@@ -27,6 +27,7 @@ class Values:
 
     box: Box
     names: tuple[str, ...]
+    reduce_dtype: torch.dtype | None
     leaves: list[torch.Tensor] | None = None
     sums: list[torch.Tensor | None] = dataclasses.field(default_factory=list[torch.Tensor | None])
 
@@ -41,7 +42,7 @@ def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) 
     if frozen:
         return None
     box = Box(net)
-    return Values(box, tuple(name for name, _ in box.named_parameters()))
+    return Values(box, tuple(name for name, _ in box.named_parameters()), precision.reduce_dtype)
 
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
@@ -119,6 +120,14 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
             torch.zeros_like(slot) if somewhere and grad is None else grad
             for grad, slot, somewhere in zip(flat, slots, cast("list[int]", used.tolist()), strict=True)
         ]
-    means = iter(all_reduce_mean([grad for grad in flat if grad is not None], world.group))
+    means = iter(mean_in(handles[0].reduce_dtype, [grad for grad in flat if grad is not None], world.group))
     reduced = iter([None if grad is None else next(means) for grad in flat])
     return [[next(reduced) for _ in grads] for grads in taken]
+
+
+def mean_in(dtype: torch.dtype | None, grads: Sequence[torch.Tensor], group: Any) -> Sequence[torch.Tensor]:
+    """The means over ranks, computed in `dtype`, in the gradients' own dtypes."""
+    if dtype is None:
+        return all_reduce_mean(grads, group)
+    cast_down = [grad.to(dtype) if grad.is_floating_point() else grad for grad in grads]
+    return [mean.to(grad.dtype) for mean, grad in zip(all_reduce_mean(cast_down, group), grads, strict=True)]
