@@ -14,7 +14,7 @@ import torch
 
 from fabricfn.engine import Engine
 from fabricfn.errors import GradientError
-from fabricfn.leases import NO_LEASE, Lease, Place, increment_version, versions_of
+from fabricfn.leases import NO_LEASE, Lease, Place, bump, increment_version, versions_of
 from fabricfn.tree import register
 
 
@@ -189,7 +189,7 @@ def handed_on(
     are the tensors in question, where they are not all: the frozen ones may belong to other records, too.
     """
     old, params = model.lease, model.params
-    increment_version(tuple(params.values()) if updated is None else updated)
+    bump(tuple(params.values()) if updated is None else updated)
     old.spend(where)
     new = Lease(params)
     new.frames = [frame for frame in old.frames if not frame.copied]

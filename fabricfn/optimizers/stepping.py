@@ -5,16 +5,17 @@ from itertools import compress, repeat
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from fabricfn.errors import ConfigurationError, ModelError
-from fabricfn.leases import NOWHERE, Place, caller, unbind
+from fabricfn.leases import NOWHERE, Place, bump, caller, unbind
 from fabricfn.optimizers.kernels import clones
 from fabricfn.optimizers.layout import joined, mappings, parts, values_of
+from fabricfn.optimizers.shards import parts_of_grads, parts_of_params
 from fabricfn.records import Grads, Model, check_fit, handed_on, renewed
 from fabricfn.runtimes import Runtime
-from fabricfn.states import Optimizer, Plan, addresses, exposed
+from fabricfn.sharding import with_locals
+from fabricfn.states import Optimizer, Plan, exposed, overlap
 
 M = TypeVar("M")
 Closure = Callable[[Any], tuple[Any, Any]]
@@ -85,6 +86,9 @@ def optimizer_step(
     found: list[Grads] = [] if closure is not None else parts(plan, grads, Grads)
     gradients = _gradients(plan, given, found)
     hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
+    whole = params
+    if plan.likes is not None:
+        params, gradients = parts_of_params(plan, params), parts_of_grads(plan, gradients)
     if not donate:
         params = _copied(plan, params)
     else:
@@ -97,15 +101,17 @@ def optimizer_step(
         )
     except BaseException:
         if donate:  # half of the tensors may be changed
-            _spend(plan, given, params, opt, found, where)
+            _spend(plan, given, whole, opt, found, where)
         raise
     buffers = [one.new_buffers for one in found] if trial is None else trial.buffers
     if donate:
-        touched = _touched(plan, params)
+        touched = _touched(plan, whole)
         made = [handed_on(*three) for three in zip(given, buffers, repeat(where), touched, strict=False)]
         for model in made:
             model.lease.apart = True
     else:
+        if plan.likes is not None:
+            params = with_locals(whole, params)
         renew = zip(given, mappings(plan, params), buffers, strict=True)
         made = [renewed(model, values, new) for model, values, new in renew]
     after = Optimizer(store=store, shared=shared, hyperparams=tuple(hyperparams), step=opt.step + 1, plan=plan)
@@ -214,7 +220,8 @@ class _Trial:
     def evaluate(self) -> tuple[Any, list[Tensor | None]]:
         """(loss, gradients by position) at the present values; buffers go from one evaluation to the next."""
         plan = self.plan
-        values = mappings(plan, _copied(plan, self.params))
+        params = _copied(plan, self.params)
+        values = mappings(plan, params if plan.likes is None else with_locals(plan.likes, params))
         trial = [renewed(*three) for three in zip(self.models, values, self.buffers, strict=True)]
         result: Any = self.closure(joined(plan, trial))
         pair: list[Any] = [*result] if type(result) is tuple else []
@@ -229,7 +236,7 @@ class _Trial:
         for i, one in enumerate(found):
             if one.new_buffers is not None:
                 self.buffers[i] = {**(self.buffers[i] or {}), **one.new_buffers}
-        return loss, gradients
+        return loss, gradients if plan.likes is None else parts_of_grads(plan, gradients)
 
 
 def _refuse_shared(plan: Plan, models: Sequence[Model], params: Sequence[Tensor]) -> None:
@@ -240,15 +247,13 @@ def _refuse_shared(plan: Plan, models: Sequence[Model], params: Sequence[Tensor]
         return
     moving = repeat(True) if plan.moving is None else plan.moving
     names = (name for names in plan.names for name in names)
-    known: dict[int, str] = {}
-    for name, param in compress(zip(names, params, strict=True), moving):
-        for address in addresses([param]):
-            if address in known:
-                raise ModelError(
-                    f"{known[address]} and {name} share memory; with donate=True it would be updated twice. Copy"
-                    " first: models = ff.tree_map(torch.clone, models)."
-                )
-            known[address] = name
+    updated = [*compress(zip(names, params, strict=True), moving)]
+    shared = overlap([param for _, param in updated])
+    if shared is not None:
+        raise ModelError(
+            f"{updated[shared[0]][0]} and {updated[shared[1]][0]} share memory; with donate=True it would be updated"
+            " twice. Copy first: models = ff.tree_map(torch.clone, models)."
+        )
 
 
 def _spend(
@@ -277,4 +282,4 @@ def _spend_rest(opt: Optimizer, grads: Sequence[Grads], where: Place) -> None:
     for one in grads:
         one.lease.spend(where)
     if opt.lease.values is not None:
-        torch.autograd.graph.increment_version([t for t in opt.lease.values.values() if isinstance(t, Tensor)])
+        bump([t for t in opt.lease.values.values() if isinstance(t, Tensor)])
