@@ -160,9 +160,11 @@ def _sharded_norm(records: Sequence[Grads], order: float, world: World) -> torch
         if grad is None:
             continue
         try:
-            ours = counted_here(grad) if is_sharded(grad) else world.rank == 0
+            ours = counted_here(grad, world.world_size) if is_sharded(grad) else world.rank == 0
         except ValueError as error:
-            raise GradientError(f"the gradient of {name} has {error}. Write grad.redistribute(...) first.") from None
+            raise GradientError(
+                f"the gradient of {name} has {error}. Give it a place on every rank: grad.redistribute(...)."
+            ) from None
         dtype = torch.promote_types(dtype, grad.dtype)
         if ours and local_of(grad).numel():  # there is no largest number of an empty part
             counted.append(local_of(grad))

@@ -68,15 +68,18 @@ def part_for(spec: Any, leaf: Any) -> Any:
     return leaf._local_tensor if fits else leaf
 
 
-def counted_here(tensor: Any) -> bool:
+def counted_here(tensor: Any, world_size: int) -> bool:
     """Whether this rank is the one that counts its part: of the ranks with the same part, exactly one does.
 
     Raises:
-        ValueError: the ranks hold terms of a sum, which nobody can count.
+        ValueError: nobody can tell, since the ranks hold terms of a sum, or some ranks are not in the mesh.
     """
-    coordinate = tensor._spec.mesh.get_coordinate()
+    mesh = tensor._spec.mesh
     if any(placement.is_partial() for placement in tensor._spec.placements):
         raise ValueError(f"placements {tensor._spec.placements}: each rank holds a term of a sum")
+    if mesh.size() != world_size:
+        raise ValueError(f"a mesh of {mesh.size()} ranks, where there are {world_size}")
+    coordinate = mesh.get_coordinate()
     return coordinate is not None and all(
         at == 0 for at, placement in zip(coordinate, tensor._spec.placements, strict=True) if placement.is_replicate()
     )
@@ -84,8 +87,8 @@ def counted_here(tensor: Any) -> bool:
 
 def sharded_as(like: Any, whole: torch.Tensor) -> torch.Tensor:
     """A whole tensor, equal on all ranks, placed as the DTensor `like`. Nothing travels."""
-    replicated: Any = type(like).from_local(whole, like._spec.mesh, run_check=False)
-    placed: Any = replicated.redistribute(placements=like._spec.placements)
+    kind, spec = type(like), like._spec
+    placed: Any = kind.from_local(whole, spec.mesh, run_check=False).redistribute(placements=spec.placements)
     return with_local(placed, placed._local_tensor.clone())  # a view would keep the whole tensor
 
 

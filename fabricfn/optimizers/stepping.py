@@ -88,7 +88,7 @@ def optimizer_step(
     hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
     whole = params
     if plan.likes is not None:
-        params, gradients = parts_of_params(plan, params), parts_of_grads(plan, gradients)
+        params, gradients = parts_of_params(plan, params), parts_of_grads(plan, gradients) if found else []
     if not donate:
         params = _copied(plan, params)
     else:
