@@ -87,7 +87,8 @@ def counted_here(tensor: Any, world_size: int) -> bool:
 
 def sharded_as(like: Any, whole: torch.Tensor) -> torch.Tensor:
     """A whole tensor, equal on all ranks, placed as the DTensor `like`. Nothing travels."""
-    kind, spec = type(like), like._spec
+    kind: Any = type(like)
+    spec = like._spec
     placed: Any = kind.from_local(whole, spec.mesh, run_check=False).redistribute(placements=spec.placements)
     return with_local(placed, placed._local_tensor.clone())  # a view would keep the whole tensor
 
