@@ -630,7 +630,12 @@ def test_a_loop_on_real_ranks(real_ranks, world_size):
     for found, mine in real_ranks.run(loop, True, world_size=world_size):
         assert mine == pytest.approx(norms, rel=1e-13)
         for name, value in found.items():
-            torch.testing.assert_close(torch.tensor(value), torch.tensor(expected[name]), rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                torch.tensor(value, dtype=torch.float64),
+                torch.tensor(expected[name], dtype=torch.float64),
+                rtol=0,
+                atol=1e-12,
+            )
 
 
 @pytest.mark.parametrize("case", ["finite", "donated", "memory"])
