@@ -222,6 +222,10 @@ def own_optimizer(rt, opt):
         torch.testing.assert_close(whole(state.state), alone.state, rtol=0, atol=0)
         again = optimizer_from_tree(state, optimizer_to_tree(state))
         torch.testing.assert_close(whole(again.state), alone.state, rtol=0, atol=0)
+        model, plain = setup(line(rt)), setup()
+        after, _ = ff.optimizer_step(ALONE, model, again, grads_of(model, numbers(9), line(rt)))
+        there, _ = ff.optimizer_step(ALONE, plain, alone, grads_of(plain, numbers(9)))
+        assert_equal(after.params, there.params)
     found = state.state["mean"]["tall"] if "mean" in state.state else next(iter(state.state["tall"].values()))
     assert is_sharded(found) or opt is Child
     return True
@@ -436,15 +440,16 @@ def clipped(rt, layout, norm_type):
         expected, norm = ff.clip_gradients(ALONE, grads_of(model, values), norm_type=norm_type, **limit)
         for donate in (False, True):
             grads = ff.Grads(params=MappingProxyType(placed(rt, layout, values)), ref=model.ref)
+            twin = ff.tree_map(lambda grad: grad.detach(), grads)
             found, mine = ff.clip_gradients(rt, grads, norm_type=norm_type, donate=donate, **limit)
             assert type(mine) is torch.Tensor
             assert mine.shape == ()
             torch.testing.assert_close(mine, norm, rtol=1e-13, atol=0)
             torch.testing.assert_close(whole(dict(found.params)), dict(expected.params), rtol=1e-13, atol=0)
             assert all((found.params[name] is grad) is donate for name, grad in grads.params.items())
-            if donate:
+            for given in (grads, twin) if donate else ():
                 with pytest.raises(ff.DonatedError):
-                    ff.clip_gradients(rt, grads, max_norm=1.0)
+                    ff.clip_gradients(rt, given, max_norm=1.0)
     return mine.item()
 
 
@@ -553,6 +558,9 @@ def round_trip(rt, opt, options):
     copies |= {"copied": ff.tree_map(torch.clone, state), "deep": copy.deepcopy(state)}
     grads = grads_of(model, numbers(9), mesh)
     expected, there = ff.optimizer_step(ALONE, model, state, grads)
+    for value in (value for row in copies["whole"].state.values() for value in row.values() if is_sharded(value)):
+        part = local_of(value)  # and not a view of the whole tensor
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
     for made in copies.values():
         torch.testing.assert_close(whole(made.state), whole(state.state), rtol=0, atol=0)
         after, then = ff.optimizer_step(ALONE, model, made, grads)
@@ -568,10 +576,36 @@ def round_trip(rt, opt, options):
         rows = {**tree["state"], "tall": {**tree["state"]["tall"], slot: wrong}}
         with pytest.raises(ff.errors.ConfigurationError, match=f"{slot} of tall .*redistribute"):
             optimizer_from_tree(fresh, {**tree, "state": rows})
-    replicated = ff.tree_map(lambda x: x.redistribute(placements=[Replicate()]) if is_sharded(x) else x, state)
+    terms = ff.tree_map(
+        lambda x: DTensor.from_local(local_of(x), mesh, [Partial()], run_check=False) if is_sharded(x) else x, state
+    )
     with pytest.raises((ff.FabricfnError, RuntimeError)):
-        ff.optimizer_step(ALONE, model, replicated, grads)
+        ff.optimizer_step(ALONE, model, terms, grads)
     return True
+
+
+def frozen(rt):
+    mesh = line(rt)
+    module = Net(torch.float64)
+    module.tall.requires_grad_(False)
+    model = ff.setup_model(ALONE, module)
+    model = dataclasses.replace(model, params=split(mesh, model.params))
+    state = ff.setup_optimizer(ALONE, model, optim.AdamW)
+    values = {**numbers(1), "tall": None}
+    twin = dataclasses.replace(model, params={n: v.detach() for n, v in model.params.items()})
+    still = Lease({"tall": model.params["tall"]})
+    pure, _ = ff.optimizer_step(ALONE, model, state, grads_of(model, values, mesh))
+    assert_equal({"tall": pure.params["tall"]}, {"tall": numbers(0)["tall"]})
+    after, _ = ff.optimizer_step(ALONE, model, state, grads_of(model, values, mesh), donate=True)
+    assert_equal(after.params, whole(dict(pure.params)))
+    still.check("frozen values")
+    with pytest.raises(ff.DonatedError):
+        twin.lease.check("Model")
+    return True
+
+
+def test_frozen_parameters_stay_and_the_others_are_found_out(ranks):
+    ranks.run(frozen, world_size=2)
 
 
 def trees(rt):
