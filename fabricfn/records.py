@@ -64,7 +64,8 @@ class Model:
     """
 
     params: Mapping[str, torch.Tensor]
-    """name -> tensor, the names of `named_parameters()`, a tied parameter once; plain tensors without grad."""
+    """name -> tensor, the names of `named_parameters()`, a tied parameter once; tensors without grad, under a
+    strategy that shards DTensors, whose shape is the global one."""
     buffers: Mapping[str, torch.Tensor]
     """name -> tensor, the persistent buffers."""
     training: frozenset[str]

@@ -90,7 +90,7 @@ def sharded_as(like: Any, whole: torch.Tensor) -> torch.Tensor:
     kind: Any = type(like)
     spec = like._spec
     placed: Any = kind.from_local(whole, spec.mesh, run_check=False).redistribute(placements=spec.placements)
-    return with_local(placed, placed._local_tensor.clone())  # a view would keep the whole tensor
+    return placed
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

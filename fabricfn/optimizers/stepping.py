@@ -35,8 +35,7 @@ def optimizer_step(
 
     Pure by default: models, opt and grads stay as they are, down to the bits. With `donate=True` the tensors are
     updated in place and the inputs are given away; the results have the same bits. A parameter whose gradient is None
-    is left out, as in torch. Not collective under strategies that keep whole gradients on every rank; every rank
-    computes the same values.
+    is left out, as in torch. Not collective: every rank computes the same values or, of DTensors, its own parts.
 
     Args:
         models: one Model or the tree of Models that `setup_optimizer` was given.
@@ -54,7 +53,7 @@ def optimizer_step(
 
     Raises:
         DonatedError: some input was given away, or shares tensors with one that was.
-        GradientError: gradients of another model.
+        GradientError: gradients of another model, or placed otherwise than its parameters.
         ConfigurationError: an unknown hyperparameter; another tree of models than the optimizer's; grads and closure.
 
     Example:
