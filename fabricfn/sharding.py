@@ -6,7 +6,7 @@ who has one has imported it.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -87,7 +87,7 @@ def counted_here(tensor: Any, world_size: int) -> bool:
 
 def sharded_as(like: Any, whole: torch.Tensor) -> torch.Tensor:
     """A whole tensor, equal on all ranks, placed as the DTensor `like`. Nothing travels."""
-    kind: Any = type(like)
+    kind = cast("Any", type(like))
     spec = like._spec
     placed: Any = kind.from_local(whole, spec.mesh, run_check=False).redistribute(placements=spec.placements)
     return placed

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -201,7 +201,7 @@ def dressed(plan: Plan, store: Sequence[Columns]) -> tuple[Columns, ...]:
     for bucket, columns in zip(plan.detail.buckets, store, strict=True):
         made: Columns = {}
         for slot, column in columns.items():
-            values: list[Any] | None = column if type(column) is list else None
+            values = cast("list[Any] | None", column if type(column) is list else None)
             made[slot] = (
                 column if values is None else list(map(shown, [likes[i] for i in bucket.index], repeat(slot), values))
             )
