@@ -1,18 +1,21 @@
 """Clipping gradients, by norm or by value, without waiting for the device."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 
+from fabricfn import flat
 from fabricfn.errors import ConfigurationError, GradientError
-from fabricfn.leases import Lease, caller
+from fabricfn.leases import Lease, bump, caller
 from fabricfn.records import Grads, watching
 from fabricfn.runtimes import Runtime
-from fabricfn.states import addresses
+from fabricfn.sharding import any_sharded, counted_here, is_sharded, local_of, with_locals
+from fabricfn.states import overlap
 from fabricfn.tree import tree_flatten, tree_unflatten
+from fabricfn.world import World
 
 G = TypeVar("G")
 
@@ -34,7 +37,11 @@ def clip_gradients(
 
     With `max_norm`, everything is multiplied by `max_norm / (total_norm + 1e-6)` where that is below 1, as
     `torch.nn.utils.clip_grad_norm_` does; one norm over all the models of a tree. With `clip_val`, each number is put
-    into [-clip_val, clip_val]. Not collective under strategies that keep whole gradients on every rank.
+    into [-clip_val, clip_val].
+
+    Where gradients are sharded (DTensors, under fsdp), every rank must call it: the norm is that of the whole
+    gradients, each number counted once, by one all-gather of one number a rank for all tensors and meshes together
+    (with `clip_val`, too). Not collective under strategies that keep whole gradients on every rank.
 
     Args:
         grads: one `Grads` or any pytree of them. Entries that are None stay None.
@@ -50,7 +57,8 @@ def clip_gradients(
 
     Raises:
         ConfigurationError: both or neither of `max_norm` and `clip_val`, or a negative limit.
-        GradientError: a sparse gradient; the norm is not finite, and `error_if_nonfinite`. Names the parameters.
+        GradientError: a sparse gradient; the norm is not finite, and `error_if_nonfinite` (then every rank raises).
+            Names the parameters.
         DonatedError: the gradients were given away.
 
     Example:
@@ -83,13 +91,22 @@ def clip_gradients(
         if lease.spent is not None or lease.values is not None:
             lease.check("Grads")
     tensors: list[torch.Tensor] = [g for record in records for g in record.params.values() if g is not None]
+    order = _order(norm_type)
+    whole = tensors if any_sharded(tensors) else None
     with torch.no_grad():
-        total_norm = _total_norm(records, tensors, _order(norm_type), rt.device)
+        if whole is None:
+            total_norm = _total_norm(records, tensors, order, rt.device)
+        else:
+            total_norm = _sharded_norm(records, order, rt.world)
+            tensors = [local_of(tensor) for tensor in tensors]
         if error_if_nonfinite and not torch.isfinite(total_norm):
             raise GradientError(_blame(records, total_norm, rt.rank))
-        places = addresses(tensors) if donate else []
-        in_place = donate and len(set(places)) == len(places)  # a sum's two gradients may be views of one memory
+        in_place = donate and overlap(tensors) is None  # a sum's two gradients may be views of one memory
         clipped = _clip(tensors, total_norm, max_norm, clip_val, in_place, rt.precision.loss_scale is not None)
+        if whole is not None:
+            clipped = with_locals(whole, clipped)
+            if in_place:
+                bump(whole)
     out = _given_away(records) if in_place else _replaced(records, clipped)
     if donate:
         where = caller()
@@ -129,6 +146,55 @@ def _total_norm(
         norms = [norm.to(first) for norm in norms]
     total: torch.Tensor = _kernels.linalg.vector_norm(torch.stack(norms), order)
     return total
+
+
+def _sharded_norm(records: Sequence[Grads], order: float, world: World) -> torch.Tensor:
+    """The norm of all numbers together, where some tensors are DTensors. Every rank must call it.
+
+    Each number is counted by one rank: of a DTensor by the first of those that hold the same part, of a plain tensor
+    by rank 0. The ranks gather one norm each, and each takes the norm of these, so all have the same bits.
+    """
+    counted: list[torch.Tensor] = []
+    dtype = torch.bool
+    for name, grad in (item for record in records for item in record.params.items()):
+        if grad is None:
+            continue
+        try:
+            ours = counted_here(grad, world.world_size) if is_sharded(grad) else world.rank == 0
+        except ValueError as error:
+            raise GradientError(
+                f"the gradient of {name} has {error}. Give it a place on every rank: grad.redistribute(...)."
+            ) from None
+        dtype = torch.promote_types(dtype, grad.dtype)
+        if ours and local_of(grad).numel():  # there is no largest number of an empty part
+            counted.append(local_of(grad))
+    own = _total_norm(records, counted, order, world.device).to(world.device, dtype)
+    (norms,) = flat.all_gather([own], world.group)
+    total: torch.Tensor = _kernels.linalg.vector_norm(norms, order)
+    return total
+
+
+def all_finite(grads: Iterable[torch.Tensor | None], world: World) -> torch.Tensor:
+    """Whether every number of all gradients is finite, on every rank: a 0-dim bool tensor on the device.
+
+    Where some gradient is a DTensor, every rank must call it, and all get the same answer by one collective. Whole
+    gradients are the same on every rank, and nothing travels.
+
+    Args:
+        grads: dense tensors; None is left out.
+        world: the ranks.
+    """
+    tensors = [grad for grad in grads if grad is not None]
+    parts = [part for part in map(local_of, tensors) if part.numel()]
+    finite = torch.ones((), dtype=torch.bool, device=world.device)
+    with torch.no_grad():
+        if parts:
+            norms = [norm.to(world.device) for norm in _kernels._foreach_norm(parts, math.inf)]
+            finite = torch.isfinite(torch.stack(norms)).all()
+        if any_sharded(tensors):
+            (found,) = flat.all_gather([finite], world.group)
+            finite = found.all()
+    return finite
 
 
 def _refuse_sparse(records: Sequence[Grads]) -> None:
@@ -209,11 +275,11 @@ def _blame(records: Sequence[Grads], total_norm: torch.Tensor, rank: int) -> str
         name
         for record in records
         for name, grad in record.params.items()
-        if grad is not None and not bool(torch.isfinite(grad).all())
+        if grad is not None and not bool(torch.isfinite(local_of(grad)).all())
     ]
-    found = (
-        f"in {', '.join(names[:8])}{', ...' if names[8:] else ''}" if names else "every number is, their norm is not"
-    )
+    sharded = any(map(is_sharded, (grad for record in records for grad in record.params.values())))
+    nothing = "every number of this rank's parts is" if sharded else "every number is, their norm is not"
+    found = f"in {', '.join(names[:8])}{', ...' if names[8:] else ''}" if names else nothing
     return (
         f"the gradients are not finite on rank {rank}: their norm is {total_norm.item()} ({found}). Leave the step out,"
         " lower the learning rate, or look for the first NaN with torch.autograd.detect_anomaly()."

@@ -4,17 +4,22 @@
 (`dataclasses.replace`, `eval_mode`); a record built otherwise (`tree_map`, `load`) has its own. Giving values away with
 `donate=True` spends the lease, and updating tensors in place bumps their versions, so that every other record over the
 same memory is found out when it is bound.
+
+[Note: versions] A DTensor has two counters: its own, which operations on it bump, and that of this rank's part, which
+operations on the part bump. Neither bumps the other; `detach()` shares the first one and `.data` the second (measured,
+torch 2.13). So a lease watches both, and who updates in place bumps both.
 """
 
 import operator
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fabricfn.engine import Frame
 from fabricfn.errors import DonatedError
+from fabricfn.sharding import any_sharded, is_sharded, local_of
 
 _version = operator.attrgetter("_version")
 increment_version = torch._C._increment_version
@@ -62,12 +67,22 @@ NO_LEASE = Lease()
 """The default of a record that is built from scratch: it gets a lease of its own."""
 
 
-def versions_of(values: Iterable[Any]) -> tuple[int, ...] | None:
-    """The version counter of every tensor; None when some leaf is no tensor (shapes, specs)."""
+def versions_of(values: Collection[Any]) -> tuple[int, ...] | None:
+    """The version counters of every tensor; None when some leaf is no tensor (shapes, specs)."""
     try:
-        return tuple(map(_version, values))
+        versions = tuple(map(_version, values))
+        if any_sharded(values):
+            versions += tuple(local_of(value)._version for value in values if is_sharded(value))
+        return versions
     except (AttributeError, RuntimeError):  # not a tensor; an inference tensor tracks no version
         return None
+
+
+def bump(tensors: Sequence[torch.Tensor]) -> None:
+    """Bump the versions of tensors that were updated in place: see [Note: versions]."""
+    increment_version(tensors)
+    if any_sharded(tensors):
+        increment_version([local_of(tensor) for tensor in tensors if is_sharded(tensor)])
 
 
 Place = tuple[str, int]

@@ -14,7 +14,7 @@ import torch
 
 from fabricfn.engine import Engine
 from fabricfn.errors import GradientError
-from fabricfn.leases import NO_LEASE, Lease, Place, increment_version, versions_of
+from fabricfn.leases import NO_LEASE, Lease, Place, bump, increment_version, versions_of
 from fabricfn.scaling import LossScale
 from fabricfn.tree import register
 
@@ -65,7 +65,8 @@ class Model:
     """
 
     params: Mapping[str, torch.Tensor]
-    """name -> tensor, the names of `named_parameters()`, a tied parameter once; plain tensors without grad."""
+    """name -> tensor, the names of `named_parameters()`, a tied parameter once; tensors without grad, under a
+    strategy that shards DTensors, whose shape is the global one."""
     buffers: Mapping[str, torch.Tensor]
     """name -> tensor, the persistent buffers."""
     training: frozenset[str]
@@ -199,7 +200,7 @@ def handed_on(
     are the tensors in question, where they are not all: the frozen ones may belong to other records, too.
     """
     old, params = model.lease, model.params
-    increment_version(tuple(params.values()) if updated is None else updated)
+    bump(tuple(params.values()) if updated is None else updated)
     old.spend(where)
     new = Lease(params)
     new.frames = [frame for frame in old.frames if not frame.copied]

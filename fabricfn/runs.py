@@ -22,6 +22,7 @@ from fabricfn.random import Key, seeded
 from fabricfn.records import Grads, Model
 from fabricfn.runtimes import Runtime
 from fabricfn.scaling import shared_scale
+from fabricfn.sharding import local_of, with_locals
 from fabricfn.tree import tree_flatten, tree_unflatten
 from fabricfn.world import World
 
@@ -156,7 +157,8 @@ def scale(taken: list[list[torch.Tensor | None]], factor: float) -> list[list[to
     """The gradients times a number; not in place, since two parameters' gradients may be views of one tensor."""
     present = [grad for grads in taken for grad in grads if grad is not None]
     if present:
-        scaled = iter(torch._foreach_mul(present, factor))  # pyright: ignore[reportPrivateImportUsage]
+        parts = [local_of(grad) for grad in present]
+        scaled = iter(with_locals(present, torch._foreach_mul(parts, factor)))  # pyright: ignore[reportPrivateImportUsage]
         taken = [[None if grad is None else next(scaled) for grad in grads] for grads in taken]
     return taken
 

@@ -3,6 +3,9 @@
 [Note: store] The state is kept in the form that its functions need (`store`: prepared columns, or one row a
 parameter), since building name -> {slot: value} at every step would cost more than the step. `state` builds it when
 somebody looks.
+
+[Note: parts] Where models hold DTensors, the store holds the parts of this rank as plain tensors, so that a step costs
+what it costs on plain tensors. Whoever looks (`state`, `tree_map`, a checkpoint) sees DTensors.
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ import torch
 from fabricfn.errors import ConfigurationError
 from fabricfn.leases import Lease, versions_of
 from fabricfn.records import Ref, Static
+from fabricfn.sharding import local_of, part_for
 from fabricfn.tree import TreeSpec, path_name, register, tree_flatten, tree_leaves, tree_paths, tree_unflatten
 
 
@@ -45,6 +49,11 @@ class Plan:
     """(plan, store) -> state, as the user sees it."""
     write: Callable[["Optimizer", Any], Any]
     """(like, state) -> store."""
+    likes: tuple[Any, ...] | None = None
+    """By position: a DTensor without memory, placed as the parameter is, or None. None where all tensors are plain;
+    otherwise the functions above work on parts: see [Note: parts]."""
+    dressed: Callable[["Plan", Any], Any] | None = None
+    """(plan, store) -> the store with DTensors in place of parts; None where `likes` is."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
         return self
@@ -76,7 +85,8 @@ class Optimizer:
 
         A view of the tensors: copy what you want to keep over a donated step.
         """
-        return self.plan.read(self.plan, self.store)
+        plan = self.plan
+        return plan.read(plan, self.store if plan.dressed is None else plan.dressed(plan, self.store))
 
     def __repr__(self) -> str:
         rates = [group["lr"] for group in self.hyperparams if "lr" in group]
@@ -129,7 +139,10 @@ _PLAIN = (bool, int, float, complex, str, bytes, Counter)
 
 
 def addresses(leaves: Iterable[Any]) -> list[int]:
-    """Where the memory of each tensor among the leaves is, of those that have any; views of one memory agree."""
+    """Where the memory of each tensor among the leaves is, of those that have any; views of one memory agree.
+
+    Of a DTensor it is the memory of this rank's part.
+    """
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     try:
         places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
@@ -140,24 +153,51 @@ def addresses(leaves: Iterable[Any]) -> list[int]:
 
 def _address(tensor: torch.Tensor) -> int:
     try:
-        return tensor.untyped_storage().data_ptr()
+        return local_of(tensor).untyped_storage().data_ptr()
     except RuntimeError:  # sparse, or a sub-class without a storage of its own
         return id(tensor)
 
 
+def overlap(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
+    """The positions of the first two tensors that share memory, or None. Disjoint views of one storage share none."""
+    places = addresses(tensors)
+    if len(set(places)) == len(places):
+        return None
+    spans: list[tuple[int, int, int]] = []
+    for position, tensor in enumerate(map(local_of, tensors)):
+        if tensor.layout is not torch.strided:
+            spans.append((id(tensor), id(tensor) + 1, position))
+        elif tensor.numel() and tensor.data_ptr():
+            reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size(), position))
+    end, owner = 0, -1
+    found: list[tuple[int, int]] = []
+    for start, stop, position in sorted(spans):
+        if start < end:
+            found.append((min(owner, position), max(owner, position)))
+        if stop > end:
+            end, owner = stop, position
+    return min(found, default=None)
+
+
 def _flatten_optimizer(opt: Optimizer) -> tuple[Sequence[Any], Static, Sequence[str]]:
-    leaves, spec = tree_flatten((opt.store, opt.shared))
-    paths = tree_paths((opt.store, opt.shared))
+    plan = opt.plan
+    shown = (opt.store if plan.dressed is None else plan.dressed(plan, opt.store), opt.shared)
+    leaves, spec = tree_flatten(shown)
+    paths = tree_paths(shown)
     plain = [leaf if type(leaf) in _PLAIN else None for leaf in leaves]
     places = [i for i, leaf in enumerate(leaves) if type(leaf) not in _PLAIN]
     exposed(opt)
-    static = Static(opt.plan.ref, (opt.plan, spec, plain, places, opt.hyperparams, opt.step))
+    parted = [getattr(leaves[i], "_spec", None) for i in places] if plan.likes is not None else None
+    static = Static(plan.ref, (plan, spec, plain, places, parted, opt.hyperparams, opt.step))
     return [leaves[i] for i in places], static, [path_name(paths[i][1:]) for i in places]
 
 
 def _unflatten_optimizer(static: Static, children: Iterable[Any]) -> Optimizer:
-    plan, spec, plain, places, hyperparams, step = static.payload
+    plan, spec, plain, places, parted, hyperparams, step = static.payload
     leaves = list(plain)
+    if parted is not None:
+        children = map(part_for, parted, children)
     for place, child in zip(places, children, strict=True):
         leaves[place] = child
     store, shared = tree_unflatten(spec, leaves)

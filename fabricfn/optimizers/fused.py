@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import repeat
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from fabricfn.errors import ConfigurationError, GradientError
 from fabricfn.optimizers.kernels import Bucket, Columns, Hyper, Kernel, clones, is_contiguous, shape_of
 from fabricfn.optimizers.layout import mirrored, rows_of
+from fabricfn.optimizers.shards import shown
 from fabricfn.states import Counter, Optimizer, Plan
 
 _NOTHING = contextlib.nullcontext()
@@ -190,6 +192,21 @@ def read(plan: Plan, store: Sequence[Columns]) -> Any:
             row = {slot: column[at] for slot, column in lists.items()}
             rows[position] = {slot: value for slot, value in row.items() if value is not None}
     return mirrored(plan, rows)
+
+
+def dressed(plan: Plan, store: Sequence[Columns]) -> tuple[Columns, ...]:
+    """The store with DTensors in place of parts."""
+    likes: Any = plan.likes
+    out: list[Columns] = []
+    for bucket, columns in zip(plan.detail.buckets, store, strict=True):
+        made: Columns = {}
+        for slot, column in columns.items():
+            values = cast("list[Any] | None", column if type(column) is list else None)
+            made[slot] = (
+                column if values is None else list(map(shown, [likes[i] for i in bucket.index], repeat(slot), values))
+            )
+        out.append(made)
+    return tuple(out)
 
 
 def write(like: Optimizer, state: Any) -> tuple[Columns, ...]:

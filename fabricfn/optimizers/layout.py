@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fabricfn.errors import ConfigurationError, GradientError, ModelError
+from fabricfn.optimizers.shards import taken_row
 from fabricfn.records import Grads, Model
 from fabricfn.states import Optimizer, Plan
 from fabricfn.tree import Tree, TreeSpec, path_name, tree_flatten, tree_paths, tree_unflatten
@@ -166,7 +167,9 @@ def rows_of(like: Optimizer, state: Tree) -> dict[int, dict[str, Any]]:
         differ = sorted(ours ^ set(tree))
         if differ:
             raise ConfigurationError(f"this optimizer state is for other parameters; names differ: {differ[:6]}")
-        rows |= {start + i: dict(tree[name]) for i, name in enumerate(names) if name in ours}
+        rows |= {
+            start + i: taken_row(plan, start + i, tree[name], name) for i, name in enumerate(names) if name in ours
+        }
         start += len(names)
     return rows
 

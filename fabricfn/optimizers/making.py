@@ -14,8 +14,10 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.optimizers import fused, stock, transforms
 from fabricfn.optimizers.kernels import KERNELS, clones, kernel_for
 from fabricfn.optimizers.layout import Pattern, divide, models_of, moving_of, select
+from fabricfn.optimizers.shards import check_elementwise, likes_of, taken_row
 from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
+from fabricfn.sharding import local_of
 from fabricfn.states import Optimizer, Plan
 from fabricfn.tree import Tree
 
@@ -29,12 +31,18 @@ def setup_optimizer(
     *,
     groups: Mapping[Pattern, Hyper] | None = None,
     params: Pattern | Sequence[Pattern] | None = None,
+    elementwise: bool = False,
     **hyperparams: Any,
 ) -> Optimizer:
     """The state of an optimizer for a model, before its first step.
 
     AdamW, Adam, SGD and Adagrad work by torch's fused kernels unless you ask otherwise (`foreach=True`,
     `fused=False`, ...). Frozen parameters are left out. Not collective.
+
+    Where parameters are sharded (DTensors, under fsdp), each rank updates its own parts at full speed, which is right
+    for optimizers that work number by number: Adadelta, Adagrad, Adam, AdamW, Adamax, ASGD, NAdam, RAdam, RMSprop,
+    Rprop, SGD. `opt.state` shows DTensors of the parameters' shapes. The numbers are those of the whole tensors, up to
+    the last bit of torch's fused kernels; with `fused=False` they are the same bits.
 
     Args:
         models: one Model, or any pytree of Models that are updated together. In a tree, names are "path/name".
@@ -45,6 +53,9 @@ def setup_optimizer(
         groups: name pattern ("*.bias") or predicate of the name -> hyperparameters of its own. The first that fits
             counts; what none fits makes the last group.
         params: a pattern, a predicate or a list of them: the part of the model that this optimizer updates.
+        elementwise: your word that an optimizer of your own (class, instance with hooks, or pair) updates every number
+            by itself, from its own gradient and state: no norm, no mean, no matrix product. Only then may it update
+            sharded parameters. Without a meaning where they are whole.
         **hyperparams: what the class takes beside the parameters: `lr=3e-4`.
 
     Returns:
@@ -53,6 +64,7 @@ def setup_optimizer(
     Raises:
         ConfigurationError: an unknown hyperparameter (says which there are), a pattern that fits nothing, an instance
             over other parameters.
+        CapabilityError: parameters are sharded, and the optimizer may need more than their parts.
 
     Example:
         >>> import torch, fabricfn as ff
@@ -62,6 +74,8 @@ def setup_optimizer(
         Optimizer(AdamW, 2 params, lr [0.1, 0.1], step 0)
     """
     whole = _Whole(models)
+    if whole.likes is not None:
+        check_elementwise(optimizer, promised=elementwise)
     if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
         positions = select(params, whole.labels, whole.positions)
         return _from_class(whole, optimizer, divide(groups, whole.labels, positions), hyperparams)
@@ -110,6 +124,10 @@ class _Whole:
             record.lease.check("Model")
         self.values: list[Tensor] = [value for record in records for value in record.params.values()]
         self.moving = [moves for record in records for moves in moving_of(record)]
+        self.shapes = [value.shape for value in self.values]
+        self.likes = likes_of(self.values)
+        if self.likes is not None:  # [Note: parts]; `check_elementwise` refuses what cannot work on them
+            self.values = [local_of(value) for value in self.values]
         self.positions = [i for i, moves in enumerate(self.moving) if moves]
         if not self.positions:
             raise ConfigurationError("this model has no trainable parameter; every one is frozen")
@@ -121,13 +139,15 @@ class _Whole:
             ref=Ref(None, (name, names, tuple(groups))),
             spec=self.spec,
             names=names,
-            shapes=tuple(value.shape for value in self.values),
+            shapes=tuple(self.shapes),
             moving=None if all(self.moving) else tuple(self.moving),
             groups=tuple(groups),
             detail=detail,
             advance=way.advance,
             read=way.read,
             write=way.write,
+            likes=self.likes,
+            dressed=None if self.likes is None else way.dressed,
         )
 
 
@@ -164,14 +184,23 @@ def _direct(whole: _Whole, cls: type, groups: Sequence[tuple[int, ...]], merged:
 
 
 def _from_stock(
-    whole: _Whole, instance: torch.optim.Optimizer, groups: Sequence[tuple[int, ...]], positions: Mapping[int, int]
+    whole: _Whole,
+    instance: torch.optim.Optimizer,
+    groups: Sequence[tuple[int, ...]],
+    positions: Mapping[int, int],
+    *,
+    theirs: bool = False,
 ) -> Optimizer:
+    """By the class itself; `theirs` says that the instance is the user's, whose state is of whole tensors."""
     detail, rows, shared = stock.taken_apart(instance, groups, positions)
     hyperparams = tuple(
         MappingProxyType({key: value for key, value in group.items() if key not in ("params", "param_names")})
         for group in instance.param_groups
     )
     plan = whole.plan(type(instance).__name__, groups, detail, stock)
+    if theirs and plan.likes is not None:
+        order = [i for index in groups for i in index]
+        rows = [taken_row(plan, i, row, whole.labels[i]) for i, row in zip(order, rows, strict=True)]
     return Optimizer(store=rows, shared=shared, hyperparams=hyperparams, step=0, plan=plan)
 
 
@@ -205,7 +234,7 @@ def _from_instance(whole: _Whole, instance: torch.optim.Optimizer) -> Optimizer:
         direct = _direct(whole, type(instance), covered, hyper)
         if direct is not None:
             return direct
-    return _from_stock(whole, instance, covered, positions)
+    return _from_stock(whole, instance, covered, positions, theirs=True)
 
 
 def _sources(whole: _Whole) -> dict[int, int]:

@@ -5,17 +5,18 @@ from itertools import compress, repeat
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from fabricfn.errors import ConfigurationError, ModelError
-from fabricfn.leases import NOWHERE, Place, caller, unbind
+from fabricfn.leases import NOWHERE, Place, bump, caller, unbind
 from fabricfn.optimizers.kernels import clones
 from fabricfn.optimizers.layout import joined, mappings, parts, values_of
+from fabricfn.optimizers.shards import parts_of_grads, parts_of_params
 from fabricfn.optimizers.skipping import judge, stay
 from fabricfn.records import Grads, Model, check_fit, handed_on, renewed
 from fabricfn.runtimes import Runtime
-from fabricfn.states import Optimizer, Plan, addresses, exposed
+from fabricfn.sharding import with_locals
+from fabricfn.states import Optimizer, Plan, exposed, overlap
 
 M = TypeVar("M")
 Closure = Callable[[Any], tuple[Any, Any]]
@@ -35,8 +36,7 @@ def optimizer_step(
 
     Pure by default: models, opt and grads stay as they are, down to the bits. With `donate=True` the tensors are
     updated in place and the inputs are given away; the results have the same bits. A parameter whose gradient is None
-    is left out, as in torch. Not collective under strategies that keep whole gradients on every rank; every rank
-    computes the same values.
+    is left out, as in torch. Not collective: every rank computes the same values or, of DTensors, its own parts.
 
     Under a precision with a loss scale ("16-mixed"), a step whose gradients are not all finite is left out, on all
     ranks alike: parameters, state and buffers keep their bits, `opt.step` counts the call, and `model.loss_scale` goes
@@ -58,7 +58,8 @@ def optimizer_step(
 
     Raises:
         DonatedError: some input was given away, or shares tensors with one that was.
-        GradientError: gradients of another model; gradients that are still not finite at the smallest loss scale.
+        GradientError: gradients of another model, or placed otherwise than its parameters; gradients that are still not
+            finite at the smallest loss scale.
         CapabilityError: closure under a precision with a loss scale.
         ConfigurationError: an unknown hyperparameter; another tree of models than the optimizer's; grads and closure.
 
@@ -93,6 +94,9 @@ def optimizer_step(
     hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
     verdict = None if rt.precision.loss_scale is None else judge(rt, given, found, gradients, plan.name)
     advance = plan.advance if verdict is None or verdict.finite else stay
+    whole = params
+    if plan.likes is not None:
+        params, gradients = parts_of_params(plan, params), parts_of_grads(plan, gradients) if found else []
     if not donate:
         params = _copied(plan, params)
     else:
@@ -105,15 +109,17 @@ def optimizer_step(
         )
     except BaseException:
         if donate:  # half of the tensors may be changed
-            _spend(plan, given, params, opt, found, where)
+            _spend(plan, given, whole, opt, found, where)
         raise
     buffers = trial.buffers if trial is not None else [None if advance is stay else one.new_buffers for one in found]
     if donate:
-        touched = _touched(plan, params)
+        touched = _touched(plan, whole)
         made = [handed_on(*three) for three in zip(given, buffers, repeat(where), touched, strict=False)]
         for model in made:
             model.lease.apart = True
     else:
+        if plan.likes is not None:
+            params = with_locals(whole, params)
         renew = zip(given, mappings(plan, params), buffers, strict=True)
         made = [renewed(model, values, new) for model, values, new in renew]
     if verdict is not None:
@@ -224,7 +230,8 @@ class _Trial:
     def evaluate(self) -> tuple[Any, list[Tensor | None]]:
         """(loss, gradients by position) at the present values; buffers go from one evaluation to the next."""
         plan = self.plan
-        values = mappings(plan, _copied(plan, self.params))
+        params = _copied(plan, self.params)
+        values = mappings(plan, params if plan.likes is None else with_locals(plan.likes, params))
         trial = [renewed(*three) for three in zip(self.models, values, self.buffers, strict=True)]
         result: Any = self.closure(joined(plan, trial))
         pair: list[Any] = [*result] if type(result) is tuple else []
@@ -239,7 +246,7 @@ class _Trial:
         for i, one in enumerate(found):
             if one.new_buffers is not None:
                 self.buffers[i] = {**(self.buffers[i] or {}), **one.new_buffers}
-        return loss, gradients
+        return loss, gradients if plan.likes is None else parts_of_grads(plan, gradients)
 
 
 def _refuse_shared(plan: Plan, models: Sequence[Model], params: Sequence[Tensor]) -> None:
@@ -250,15 +257,13 @@ def _refuse_shared(plan: Plan, models: Sequence[Model], params: Sequence[Tensor]
         return
     moving = repeat(True) if plan.moving is None else plan.moving
     names = (name for names in plan.names for name in names)
-    known: dict[int, str] = {}
-    for name, param in compress(zip(names, params, strict=True), moving):
-        for address in addresses([param]):
-            if address in known:
-                raise ModelError(
-                    f"{known[address]} and {name} share memory; with donate=True it would be updated twice. Copy"
-                    " first: models = ff.tree_map(torch.clone, models)."
-                )
-            known[address] = name
+    updated = [*compress(zip(names, params, strict=True), moving)]
+    shared = overlap([param for _, param in updated])
+    if shared is not None:
+        raise ModelError(
+            f"{updated[shared[0]][0]} and {updated[shared[1]][0]} share memory; with donate=True it would be updated"
+            " twice. Copy first: models = ff.tree_map(torch.clone, models)."
+        )
 
 
 def _spend(
@@ -287,4 +292,4 @@ def _spend_rest(opt: Optimizer, grads: Sequence[Grads], where: Place) -> None:
     for one in grads:
         one.lease.spend(where)
     if opt.lease.values is not None:
-        torch.autograd.graph.increment_version([t for t in opt.lease.values.values() if isinstance(t, Tensor)])
+        bump([t for t in opt.lease.values.values() if isinstance(t, Tensor)])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fabricfn.errors import ConfigurationError, GradientError
 from fabricfn.optimizers.layout import is_tensor, mirrored, rows_of
+from fabricfn.optimizers.shards import shown
 from fabricfn.states import Optimizer, Plan, addresses
 from fabricfn.tree import tree_leaves, tree_map
 
@@ -235,6 +236,16 @@ def read(plan: Plan, store: Sequence[Row]) -> Any:
     """The state as name -> {slot: value}."""
     positions = [i for group in plan.groups for i in group]
     return mirrored(plan, {i: dict(row) for i, row in zip(positions, store, strict=True)})
+
+
+def dressed(plan: Plan, store: Sequence[Row]) -> list[Row]:
+    """The store with DTensors in place of parts."""
+    likes: Any = plan.likes
+    positions = [i for group in plan.groups for i in group]
+    return [
+        {slot: shown(likes[i], slot, value) for slot, value in row.items()}
+        for i, row in zip(positions, store, strict=True)
+    ]
 
 
 def write(like: Optimizer, state: Any) -> list[Row]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fabricfn.errors import ConfigurationError
 from fabricfn.optimizers.layout import joined
+from fabricfn.optimizers.shards import shown, taken
 from fabricfn.states import Optimizer, Plan, addresses
-from fabricfn.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from fabricfn.tree import tree_flatten, tree_leaves, tree_map, tree_paths, tree_unflatten
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,6 +105,28 @@ def _by_position(plan: Plan, updates: Any, covered: Sequence[int]) -> list[Tenso
     return out
 
 
+def _owners(plan: Plan, tree: Any) -> list[int | None]:
+    """The position of the parameter under whose name each leaf of a state stands."""
+    models: list[tuple[Any, ...]] = [()] if plan.spec is None else list(plan.spec.paths())
+    labels = [(*path, name) for path, names in zip(models, plan.names, strict=True) for name in names]
+    positions = {label: position for position, label in enumerate(labels)}
+    lengths = {*map(len, labels)}
+    found: list[int | None] = []
+    for path in tree_paths(tree):
+        owners = [positions[path[-n:]] for n in lengths if path[-n:] in positions]
+        found.append(owners[0] if owners else None)
+    return found
+
+
+def dressed(plan: Plan, store: Any) -> Any:
+    """The store with DTensors in place of parts."""
+    likes: Any = plan.likes
+    leaves, spec = tree_flatten(store)
+    owners = _owners(plan, store)
+    pairs = zip(leaves, owners, strict=True)
+    return tree_unflatten(spec, [leaf if i is None else shown(likes[i], "", leaf) for leaf, i in pairs])
+
+
 def read(plan: Plan, store: Any) -> Any:
     """The state as `init` and `update` return it."""
     return store
@@ -114,4 +137,8 @@ def write(like: Optimizer, state: Any) -> Any:
     leaves, (known, spec) = tree_leaves(state), tree_flatten(like.store)
     if len(leaves) != len(known):
         raise ConfigurationError(f"this state has {len(leaves)} leaves; the optimizer has {len(known)}")
+    if like.plan.likes is not None:
+        labels = [name for names in like.plan.names for name in names]
+        pairs = zip(leaves, _owners(like.plan, like.store), strict=True)
+        leaves = [leaf if i is None else taken(like.plan, i, "state", leaf, labels[i]) for leaf, i in pairs]
     return tree_unflatten(spec, leaves)
