@@ -7,27 +7,32 @@ indices, nothing more.
 import copy
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
 from operator import index
 from typing import Any, Literal, SupportsIndex, TypeVar, cast, overload
 
-import torch
 from torch.utils.data import DataLoader
 
 from fabricfn.errors import ConfigurationError, DataError
 from fabricfn.feeds import Feed, make_feed
-from fabricfn.order import Deal, Tail, cut, num_steps, step_ends
+from fabricfn.iterating import cursors, iterate, iterate_stream
+from fabricfn.order import Tail
 from fabricfn.records import Cursor
 from fabricfn.runtimes import Runtime
-from fabricfn.transfers import to_device
+from fabricfn.samplers import tell_epoch
+from fabricfn.transfers import moved
+from fabricfn.votes import with_next
 
 T = TypeVar("T")
 
 FEED = "_fabricfn_feed"
 """The attribute by which a loader that was set up is known: its `Feed`, or None where the order is the user's."""
+IN_STEP = "_fabricfn_in_step"
+"""The attribute that says whether all ranks stop where the first one does: `shard=False` with `tail="drop"`."""
 
 
-def setup_dataloader(rt: Runtime, loader: DataLoader[T], *, shard: bool = True, tail: Tail = "spread") -> DataLoader[T]:
+def setup_dataloader(
+    rt: Runtime, loader: DataLoader[T], *, shard: bool = True, tail: Tail = "spread", seed_workers: bool = True
+) -> DataLoader[T]:
     """The loader as this rank uses it: a DataLoader over the rank's share of the samples.
 
     Laws: over the ranks, every sample comes exactly once an epoch (`tail="drop"` leaves out less than one step). The
@@ -74,11 +79,15 @@ def setup_dataloader(rt: Runtime, loader: DataLoader[T], *, shard: bool = True, 
         >>> [batch.tolist() for batch in loader]
         [[0, 1], [2, 3], [4]]
     """
-    return _set_up(rt, loader, shard, tail)
+    return _set_up(rt, loader, shard, tail, seed_workers)
 
 
 def setup_dataloaders(
-    rt: Runtime, *loaders: DataLoader[Any], shard: bool = True, tail: Tail = "spread"
+    rt: Runtime,
+    *loaders: DataLoader[Any],
+    shard: bool = True,
+    tail: Tail = "spread",
+    seed_workers: bool = True,
 ) -> tuple[DataLoader[Any], ...]:
     """Several loaders at once: `setup_dataloader` for each.
 
@@ -87,6 +96,7 @@ def setup_dataloaders(
         loaders: as the `loader` of `setup_dataloader`, whose laws and errors hold for each.
         shard: for all of them, as there.
         tail: for all of them, as there.
+        seed_workers: for all of them, as there.
 
     Returns:
         One DataLoader for each, in the same order.
@@ -101,10 +111,10 @@ def setup_dataloaders(
         (8, 2)
     """
     # map, not a comprehension: that is a frame of its own in Python 3.11, and warnings name the caller by depth.
-    return tuple(map(partial(_set_up, rt, shard=shard, tail=tail), loaders))
+    return tuple(map(partial(_set_up, rt, shard=shard, tail=tail, seed_workers=seed_workers), loaders))
 
 
-def _set_up(rt: Runtime, loader: DataLoader[T], shard: bool, tail: Tail) -> DataLoader[T]:
+def _set_up(rt: Runtime, loader: DataLoader[T], shard: bool, tail: Tail, seed_workers: bool) -> DataLoader[T]:
     if not isinstance(loader, DataLoader):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(
             f"setup_dataloader takes a torch.utils.data.DataLoader, but {type(loader).__name__} was given. Any other"
@@ -116,10 +126,15 @@ def _set_up(rt: Runtime, loader: DataLoader[T], shard: bool, tail: Tail) -> Data
         raise DataError("this loader was set up already. Call ff.setup_dataloader once, on the DataLoader you built.")
     # A copy of the object, not a new one from its arguments: those of a user's own class are not known.
     mine = copy.copy(loader)
-    fields: dict[str, Any] = {"_iterator": None, FEED: None}
+    fields: dict[str, Any] = {"_iterator": None, FEED: None, IN_STEP: tail == "drop"}
     if shard:
-        feed = make_feed(rt, loader, tail)
-        fields |= {FEED: feed, "generator": feed.generator, "sampler" if feed.deal.ready else "batch_sampler": feed}
+        feed = make_feed(rt, loader, tail, seed_workers)
+        fields |= {FEED: feed, "sampler" if feed.ready else "batch_sampler": feed}
+        if seed_workers:
+            fields["generator"] = feed.generator
+        if feed.share is not None:
+            # It yields the lists of samples of whole batches, which DataLoader then only collates.
+            fields |= {"dataset": feed.share, "batch_sampler": None}
     # Not setattr: DataLoader refuses to change these attributes after its __init__.
     vars(mine).update(fields)
     return mine
@@ -190,67 +205,17 @@ def batches(
     feed: Feed | None = getattr(loader, FEED, None)
     if feed is None:
         found = _iterate_foreign(rt, loader, cursor, with_cursor)
-        return map(partial(_moved, rt), found) if move_to_device else found
+        return moved(rt, found) if move_to_device else found
     if cursor is None or isinstance(cursor, SupportsIndex):
         cursor = Cursor(seed=rt.seed, epoch=0 if cursor is None else index(cursor))
-    cut(feed.deal, cursor.index)  # raises where the cursor does not fit
-    found = _iterate(loader, feed, cursor, with_cursor)
+    steps = feed.plan(cursor)
+    if steps.num is None:
+        found, after = iterate_stream(loader, feed, cursor, steps, with_cursor, rt.world)
+    else:
+        found, after = iterate(loader, feed, cursor, steps, with_cursor), cursors(steps, cursor)
     if move_to_device:
-        found = map(partial(_moved, rt), found)
-    return zip(found, _cursors(feed.deal, cursor), strict=True) if with_cursor else found
-
-
-def _iterate(loader: Any, feed: Feed, cursor: Cursor, with_cursor: bool) -> Iterator[Any]:
-    if with_cursor and loader.num_workers > 0 and not loader.in_order:
-        raise DataError(
-            "in_order=False lets batches overtake one another, so there is no one place to go on from. Build the"
-            " DataLoader with in_order=True, or call ff.batches without with_cursor=True."
-        )
-    before, feed.cursor = feed.started, cursor
-    try:
-        found: Iterator[Any] = iter(loader)
-        if feed.started == before:
-            # A class of the user's whose __iter__ is a generator: it asks for indices when the first batch is taken.
-            found = chain(list(islice(found, 1)), found)
-    finally:
-        feed.cursor = None
-    if feed.started == before:
-        raise DataError(
-            f"{type(loader).__name__} did not ask its batch_sampler (or sampler) for the indices of this iteration, so"
-            " it cannot start at a cursor. Let its __iter__ call DataLoader.__iter__ each time, or share out the data"
-            " by yourself: ff.setup_dataloader(rt, loader, shard=False)."
-        )
-    return _until_next(found, feed, feed.started) if loader.persistent_workers else found
-
-
-def _moved(rt: Runtime, batch: object) -> Any:
-    """`to_device`; a flat batch whose tensors are there already is passed on, at a tenth of the cost of walking it."""
-    kind, leaves, device = type(batch), cast(Any, batch), rt.world.device
-    for leaf in leaves if kind is tuple or kind is list else leaves.values() if kind is dict else (leaves,):
-        if type(leaf) is not torch.Tensor or leaf.device != device:
-            return to_device(rt, batch)
-    return batch
-
-
-def _until_next(found: Iterator[T], feed: Feed, started: int) -> Iterator[T]:
-    """The batches; an error once another iteration has taken over the persistent workers: torch would mix the two."""
-    while feed.started == started:
-        try:
-            batch = next(found)
-        except StopIteration:
-            return
-        yield batch
-    raise DataError(
-        "another iteration over this loader began, and with persistent_workers=True both share the workers. Finish one"
-        " before the other, or build the DataLoader with persistent_workers=False."
-    )
-
-
-def _cursors(deal: Deal, start: Cursor) -> Iterator[Cursor]:
-    seed, epoch, left = start.seed, start.epoch, num_steps(deal, start.index)
-    for end in step_ends(deal, start.index):
-        left -= 1
-        yield Cursor(seed=seed, epoch=epoch, index=end) if left else Cursor(seed=seed, epoch=epoch + 1)
+        found = moved(rt, found)
+    return zip(found, after, strict=steps.num is not None) if with_cursor else found
 
 
 def _iterate_foreign(
@@ -270,8 +235,9 @@ def _iterate_foreign(
         )
     if cursor is not None:
         epoch = index(cursor) if isinstance(cursor, SupportsIndex) else cursor.epoch
-        for name in ("sampler", "batch_sampler"):
-            set_epoch = getattr(getattr(cast(object, loader), name, None), "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
-    return iter(cast("Iterable[Any]", loader))
+        for name in ("sampler", "batch_sampler", "dataset"):
+            tell_epoch(getattr(cast(object, loader), name, None), epoch)
+    found = iter(cast("Iterable[Any]", loader))
+    if set_up and getattr(cast(object, loader), IN_STEP, False):
+        return (batch for batch, _ in with_next(found, rt.world, int, strict=False))
+    return found
