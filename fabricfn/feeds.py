@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import (
@@ -84,7 +84,7 @@ class Feed(Sampler[Any]):
             return
         base = stream(cursor.seed, cursor.epoch, "batches")
         for place, rows in zip(found.places(), found.lists(), strict=True):
-            yield Seeded(rows, fold_in(base, place).bits) if type(rows) is list else rows
+            yield Seeded(cast("list[Any]", rows), fold_in(base, place).bits) if type(rows) is list else rows
 
 
 def make_feed(rt: Runtime, loader: DataLoader[Any], tail: Tail, seed_workers: bool) -> Feed:
@@ -93,10 +93,10 @@ def make_feed(rt: Runtime, loader: DataLoader[Any], tail: Tail, seed_workers: bo
         return _stream_feed(rt, loader, tail, seed_workers)
     batcher: Any = vars(loader)["batch_sampler"]
     sampler: Any = vars(loader)["sampler"] if batcher is None else getattr(batcher, "sampler", None)
-    if isinstance(sampler, DistributedSampler) or isinstance(batcher, DistributedSampler):
+    if any(isinstance(one, DistributedSampler) for one in (sampler, batcher)):
         raise DataError(
-            f"sampler={type(sampler).__name__} shares out the data over the ranks by itself, so sharing it out again"
-            " would lose samples. Leave it out and write DataLoader(..., batch_size=..., shuffle=True or False); or"
+            f"sampler={type(cast(object, sampler)).__name__} shares out the data over the ranks by itself, so sharing it"
+            " out again would lose samples. Leave it out and write DataLoader(..., batch_size=..., shuffle=True or False); or"
             " keep it: ff.setup_dataloader(rt, loader, shard=False)."
         )
     if batcher is not None and type(batcher) is not BatchSampler:

@@ -9,7 +9,7 @@ function of (seed, epoch), and the generators are put back afterwards. No sample
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -50,7 +50,8 @@ class Ordering:
         keys += [(one, fold_in(key, state)) for one, state in self.own]
         tell_epoch(self.sampler, epoch)
         with borrowed(keys):
-            order = list(itertools.islice(iter(self.sampler), self.limit + 1))
+            found: Iterator[Any] = iter(self.sampler)
+            order = list(itertools.islice(found, self.limit + 1))
         if not 0 < len(order) <= self.limit:
             raise DataError(
                 f"{self.name} yielded {'nothing' if not order else f'more than {self.limit} items'} in epoch {epoch};"

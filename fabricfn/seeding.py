@@ -104,7 +104,7 @@ def generators_in(thing: object) -> dict[int, Any]:
         if isinstance(one, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
             found[id(one)] = one
         elif one is thing or isinstance(one, torch.utils.data.Sampler):
-            waiting.extend(cast("Mapping[str, object]", getattr(one, "__dict__", {})).values())
+            waiting.extend(cast("Mapping[str, object]", getattr(cast(object, one), "__dict__", {})).values())
     return found
 
 

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 from collections import deque
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,7 +58,9 @@ class Share(IterableDataset[Any]):
     def new_digests(self, num: int) -> torch.Tensor:
         """A place for the digests, where workers can write."""
         digests = torch.zeros(num, 2, dtype=torch.int64)
-        return digests.share_memory_() if self.shared else digests
+        if self.shared:
+            digests.share_memory_()
+        return digests
 
     def begin(self, cursor: Cursor) -> None:
         """Let the next iteration start at a cursor."""
@@ -74,7 +76,8 @@ class Share(IterableDataset[Any]):
         Raises:
             DataError: they differ.
         """
-        found = {digest for begun, digest in digests.tolist() if begun == stream_seed} - {0}
+        pairs = cast("list[list[int]]", digests.tolist())
+        found = {digest for begun, digest in pairs if begun == stream_seed} - {0}
         if len(found) > 1:
             raise DataError(
                 f"{type(self.dataset).__name__} must yield the same samples in every worker, since each keeps its part"
@@ -92,7 +95,7 @@ class Share(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        bits, epoch, index = self.start.tolist()
+        bits, epoch, index = cast("list[int]", self.start.tolist())
         return self._kept(Key(bits + (1 << 63)), epoch, index, worker, num_workers, inside=info is not None)
 
     def _kept(self, key: Key, epoch: int, index: int, worker: int, num_workers: int, *, inside: bool) -> Iterator[Any]:
@@ -101,7 +104,7 @@ class Share(IterableDataset[Any]):
             seed_all(key)
         with _no_worker(inside):
             tell_epoch(self.dataset, epoch)
-            samples = iter(self.dataset)
+            samples: Iterator[Any] = iter(self.dataset)
             first = list(itertools.islice(samples, 1))
         digests[worker] = torch.tensor([key.seed, sample_digest(first[0]) if first else 0])
         states = [get_state(one) for one in GLOBAL] if seeded else []
@@ -192,7 +195,7 @@ def _leaf_bytes(leaf: Any) -> bytes:
             return head + row.view(torch.uint8).numpy().tobytes()
         return head
     if isinstance(leaf, np.ndarray):
-        return f"{leaf.dtype}{leaf.shape}".encode() + np.ravel(leaf)[:DIGESTED].tobytes()
+        return f"{leaf.dtype}{leaf.shape}".encode() + leaf.reshape(-1)[:DIGESTED].tobytes()
     if isinstance(leaf, int | float | complex | str | bytes):
         return repr(leaf).encode(errors="replace")
     return type(leaf).__qualname__.encode()

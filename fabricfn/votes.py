@@ -5,7 +5,7 @@ hands out the batch before that one: the vote travels while the step computes, a
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -72,7 +72,7 @@ class _Ahead:
             return self.state == GOES_ON
         if self.work is not None:
             self.work.wait()
-        least, most, low, high = self.vote.tolist()
+        least, most, low, high = cast("list[int]", self.vote.tolist())
         if self.error is not None:
             raise self.error
         rank = self.world.rank
