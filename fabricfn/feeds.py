@@ -95,9 +95,9 @@ def make_feed(rt: Runtime, loader: DataLoader[Any], tail: Tail, seed_workers: bo
     sampler: Any = vars(loader)["sampler"] if batcher is None else getattr(batcher, "sampler", None)
     if any(isinstance(one, DistributedSampler) for one in (sampler, batcher)):
         raise DataError(
-            f"sampler={type(cast(object, sampler)).__name__} shares out the data over the ranks by itself, so sharing it"
-            " out again would lose samples. Leave it out and write DataLoader(..., batch_size=..., shuffle=True or False); or"
-            " keep it: ff.setup_dataloader(rt, loader, shard=False)."
+            f"sampler={type(cast(object, sampler)).__name__} shares out the data over the ranks by itself, and sharing"
+            " out its part again would lose samples. Leave it out and write DataLoader(..., batch_size=...,"
+            " shuffle=True or False); or keep it: ff.setup_dataloader(rt, loader, shard=False)."
         )
     if batcher is not None and type(batcher) is not BatchSampler:
         feed = _batch_sampler_feed(rt, Ordering(batcher, loader.dataset, "batch_sampler"), tail)

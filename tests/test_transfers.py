@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.strategies import resolve
-from fabricfn.transfers import MOVERS, move_all, move_ahead, moved, to_device
+from fabricfn.transfers import MOVERS, move_ahead, move_all, moved, to_device
 from fabricfn.world import World
 
 # A second device that every machine has: moving to it is real, only the values are gone.
@@ -115,7 +115,7 @@ def test_gradients_flow_through_the_move():
 
 
 def test_streams_are_used_where_there_are_some():
-    assert MOVERS == {"cuda": move_ahead}
+    assert {"cuda": move_ahead} == MOVERS
     for device in ("cpu", "meta"):
         rt = runtime(device)
         found = moved(rt, iter([(torch.ones(2), 1)]))

@@ -3,11 +3,12 @@
 import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 import optree
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import fabricfn as ff
 from tests.benchmarks.timing import interleaved
@@ -57,6 +58,35 @@ def measure_batches(rounds: int) -> dict[str, float]:
 
     seconds = interleaved({"bare": bare, "bare again (noise)": bare, "fabricfn": ours}, rounds, warmup=3)
     return {name: value / len(ready) for name, value in seconds.items()}
+
+
+class Flow(IterableDataset[Any]):
+    """Samples that stand ready, without a length."""
+
+    def __init__(self, num: int) -> None:
+        self.samples = [torch.zeros(32) for _ in range(num)]
+
+    def __iter__(self) -> Any:
+        return iter(self.samples)
+
+
+def measure_stream(rt: ff.Runtime, rounds: int) -> dict[str, float]:
+    """Median seconds on this rank for an epoch over 4096 samples in batches of 32."""
+    torch.set_num_threads(1)
+    flow = Flow(4096)
+    loader = DataLoader(flow, batch_size=32)
+    sharded = ff.setup_dataloader(rt, DataLoader(flow, batch_size=32))
+
+    def bare() -> None:
+        for _ in loader:
+            pass
+
+    def ours() -> None:
+        for _ in ff.batches(rt, sharded, 0):
+            pass
+
+    contenders = {"bare": bare, "bare again (noise)": bare, "fabricfn": ours}
+    return interleaved(contenders, rounds, clock=time.perf_counter, warmup=3)
 
 
 IMPORTS = {
