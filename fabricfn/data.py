@@ -37,36 +37,43 @@ def setup_dataloader(
 
     Laws: over the ranks, every sample comes exactly once an epoch (`tail="drop"` leaves out less than one step). The
     global order depends on (seed, epoch) alone: not on the world size, the batch size or the number of workers. Step s
-    takes the next world_size * batch_size samples of it, rank r the r-th contiguous slice. All ranks take the same
-    number of steps, and no rank ever gets an empty batch. No global random state is read or changed.
+    takes the next world_size * batch_size samples of it, rank r the r-th contiguous slice (of an iterable dataset:
+    every world_size-th). All ranks take the same number of steps, and no rank ever gets an empty batch. No global
+    random state of this process is read or changed.
 
     Go through it with `batches`, which takes an epoch or a `Cursor`. Iterating the loader itself works too: it counts
     its epochs from 0, one per iteration, with `rt.seed`.
 
     Args:
         rt: the runtime.
-        loader: a DataLoader over a map-style dataset, with torch's own samplers: `shuffle=True` (or a `RandomSampler`)
-            shuffles, `shuffle=False` keeps the dataset's order. `batch_size` is per rank; None makes every item of the
-            dataset a batch. Dataset, workers, `collate_fn`, `worker_init_fn`, pinned memory and a loader's own class
-            are kept; the loader that was passed is left alone. Its `generator` is not used: the order and the seeds
-            of the workers are functions of (seed, epoch), the latter also of the rank.
+        loader: a DataLoader. `batch_size` is per rank; None makes every item of the dataset a batch. Dataset, workers,
+            `collate_fn`, `worker_init_fn`, pinned memory and a loader's own class are kept; the loader that was passed
+            is left alone. `shuffle=True` shuffles, in an order of our own that needs no list; its `generator` is not
+            used. A sampler of any other kind is gone through whole at the start of each epoch, and what it yields is
+            the global order: it is told the epoch (`set_epoch`), and the random generators in its attributes start
+            from (seed, epoch, their state now). The batches of a batch sampler go whole to one rank each. An
+            `IterableDataset` is gone through on every rank and worker, and each keeps its part: what it costs to make
+            a sample is paid there once per rank and worker.
         shard: False leaves everything to the loader: order, sampler and generator are as they were, and every rank
-            goes through all that its loader yields. For custom samplers, batch samplers and iterable datasets that
-            share out the data themselves.
+            goes through all that its loader yields, for samplers and iterable datasets that share out the data
+            themselves. With `tail="drop"`, `batches` stops all ranks where the first of them ends.
         tail: what becomes of an incomplete last step. "spread" deals it out evenly, and where it holds less than one
-            row a rank, cuts the last two steps into two halves (with `batch_size=1`: joins them, so that some ranks
-            get two rows). "drop" leaves it out; a loader with `drop_last=True` means "drop".
+            row a rank, cuts the last two steps into two halves (with `batch_size=1`, a batch sampler or an iterable
+            dataset: joins them). "drop" leaves it out; a loader with `drop_last=True` means "drop".
+        seed_workers: seed the global generators of torch, numpy and Python in workers from (seed, epoch, place of the
+            batch), anew for every batch: the same run gives the same augmentations with any number of workers, with
+            persistent ones, and when it goes on at a cursor. With `batch_size=None` only when the workers start. False
+            leaves them to torch and to `worker_init_fn`.
 
     Returns:
         A new DataLoader of the same class; on every rank its own share.
 
     Raises:
-        DataError: the sampler is not torch's own, or the data cannot be dealt out to so many ranks.
-        CapabilityError: an iterable dataset.
+        DataError: a `DistributedSampler`, a loader that was set up, or data that cannot be dealt out to so many ranks.
         ConfigurationError: an unknown `tail`.
 
     Warns:
-        UnevenBatchesWarning: rank 0, once per call: ranks get different numbers of rows in the last steps. A mean over
+        UnevenBatchesWarning: rank 0, once per loader: ranks get different numbers of rows in some steps. A mean over
             ranks is then exact only with `weighted=True`; with it, silence the warning by
             `warnings.filterwarnings("ignore", category=ff.errors.UnevenBatchesWarning)`.
 
@@ -169,8 +176,10 @@ def batches(
     """The rank's batches from a place in the data to the end of that epoch, on the device.
 
     Laws: the same cursor gives the same batches. Stopping after any batch and going on from its cursor gives the rest
-    of the epoch, on another world size or batch size too, and skipped samples are not read again. Augmentations made
-    by workers start anew there (their seeds are functions of seed, epoch and rank).
+    of the epoch, on another world size or batch size too. Skipped samples are not read again, at no cost (of an
+    iterable dataset they are: it goes forward through them). Augmentations drawn in workers are those of the batch's
+    place in the order, wherever the iteration began. On CUDA, batches are copied on a stream of their own while the
+    step before computes; copies wait for nobody out of memory that is pinned (`DataLoader(..., pin_memory=True)`).
 
     Args:
         rt: the runtime.
@@ -189,9 +198,12 @@ def batches(
 
     Raises:
         DataError: the cursor does not fit, the loader has no order to start in or to give cursors for, or, on several
-            ranks, it was not set up (all would get the same data).
+            ranks, it was not set up (all would get the same data). A sampler or an iterable dataset that does not yield
+            the same on every rank: on all ranks.
 
-    Not collective, but all ranks take the same number of steps.
+    Not collective over map-style datasets in order or with `shuffle=True`, but all ranks take the same number of steps.
+    Collective with a sampler of your own (one comparison of digests an epoch) and over an `IterableDataset` (votes on
+    the next steps, on their way while a step computes, since its end is not known): every rank goes through it.
 
     Example:
         >>> import fabricfn as ff

@@ -23,7 +23,7 @@ MAX_AHEAD = 64
 """So many batches at most are read ahead for one vote, ..."""
 MAX_BYTES = 8 << 20
 """... but only so many bytes, ..."""
-MAX_SECONDS = 5e-3
+MAX_SECONDS = 20e-3
 """... and for no longer than that. One batch always is."""
 NO_END = 1 << 62
 

@@ -79,7 +79,7 @@ def measure_all(quick: bool) -> dict[str, Any]:
         results[f"collectives {name}"] = medians([result[name] for result in found], "loop")
     results["to_device"] = medians(in_fresh_processes("to_device", repeats, rounds=100 // divisor), "bare")
     results["batches"] = medians(in_fresh_processes("batches", repeats, rounds=100 // divisor), "bare")
-    results["stream"] = medians(in_fresh_processes("stream", repeats, rounds=60 // divisor), "bare")
+    results["stream"] = medians(in_fresh_processes("stream", repeats, rounds=max(40 // divisor, 2)), "bare")
     rounds = 1 if quick else 5
     results["imports"] = medians(in_fresh_processes("imports", 1, rounds=rounds), "import torch")
     results["first_step"] = medians(in_fresh_processes("first_step", 1, rounds=rounds), "plain")

@@ -33,7 +33,7 @@ INPUT_ROWS = {
     "to_device": "`to_device` of 20 nested tensors against `optree.tree_map`",
     "batches": "`batches` over ready batches, a batch, against the bare DataLoader",
 }
-STREAM_ROWS = {"stream": "an epoch over an IterableDataset of 4096 ready samples"}
+STREAM_ROWS = {"stream": "an epoch over an IterableDataset of 16384 samples, batches of 32"}
 
 HEAD = """# Benchmarks
 
@@ -98,8 +98,8 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         table(results, COLLECTIVE_ROWS, "loop", collectives),
         "## Around the step\n\nCPU time.\n",
         table(results, INPUT_ROWS, "bare", {"bare again (noise)": "again", "fabricfn": "fabricfn"}),
-        "Wall time on two ranks: the bare DataLoader gives all of the data to each rank, fabricfn every sample to one, and"
-        " lets the ranks vote before each step whether all of them have one.\n",
+        "On two ranks the bare DataLoader gives all of the data to each rank; fabricfn gives every sample to"
+        " one, and lets the ranks vote whether all of them have further batches.\n",
         table(results, STREAM_ROWS, "bare", {"bare again (noise)": "again", "fabricfn": "fabricfn"}),
         table(results, {"imports": "importing"}, "import torch", first["imports"]),
         table(results, {"first_step": "from nothing to the first step done"}, "by hand", first["first_step"]),
