@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.manifest import class_of, path_text
+from fabricfn.checkpoint.manifest import DEPTH_LIMIT, class_of, path_text
 from fabricfn.checkpoint.outline import Path, listing
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.world import World
@@ -31,6 +31,8 @@ def rides(value: object) -> bool:
 def riders(tree: Any, path: Path = ()) -> dict[Path, Any]:
     """The objects that ride along in dicts, lists and tuples, by their paths."""
     kind = class_of(tree)
+    if len(path) > DEPTH_LIMIT:  # a container that holds itself; what stores it says so
+        return {}
     if kind is dict or kind is list or kind is tuple:
         items = cast("Any", tree.items() if kind is dict else enumerate(tree))
         return {place: value for key, item in items for place, value in riders(item, (*path, key)).items()}
@@ -39,6 +41,8 @@ def riders(tree: Any, path: Path = ()) -> dict[Path, Any]:
 
 def replaced(tree: Any, values: Mapping[Path, Any], path: Path = ()) -> Any:
     """The tree with these values at these paths."""
+    if not values:
+        return tree
     if path in values:
         return values[path]
     kind = class_of(tree)
