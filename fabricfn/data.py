@@ -7,61 +7,73 @@ indices, nothing more.
 import copy
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
 from operator import index
 from typing import Any, Literal, SupportsIndex, TypeVar, cast, overload
 
-import torch
 from torch.utils.data import DataLoader
 
 from fabricfn.errors import ConfigurationError, DataError
 from fabricfn.feeds import Feed, make_feed
-from fabricfn.order import Deal, Tail, cut, num_steps, step_ends
+from fabricfn.iterating import cursors, iterate, iterate_stream
+from fabricfn.order import Tail
 from fabricfn.records import Cursor
 from fabricfn.runtimes import Runtime
-from fabricfn.transfers import to_device
+from fabricfn.samplers import tell_epoch
+from fabricfn.transfers import moved
+from fabricfn.votes import with_next
 
 T = TypeVar("T")
 
 FEED = "_fabricfn_feed"
 """The attribute by which a loader that was set up is known: its `Feed`, or None where the order is the user's."""
+IN_STEP = "_fabricfn_in_step"
+"""The attribute that says whether all ranks stop where the first one does: `shard=False` with `tail="drop"`."""
 
 
-def setup_dataloader(rt: Runtime, loader: DataLoader[T], *, shard: bool = True, tail: Tail = "spread") -> DataLoader[T]:
+def setup_dataloader(
+    rt: Runtime, loader: DataLoader[T], *, shard: bool = True, tail: Tail = "spread", seed_workers: bool = True
+) -> DataLoader[T]:
     """The loader as this rank uses it: a DataLoader over the rank's share of the samples.
 
     Laws: over the ranks, every sample comes exactly once an epoch (`tail="drop"` leaves out less than one step). The
     global order depends on (seed, epoch) alone: not on the world size, the batch size or the number of workers. Step s
-    takes the next world_size * batch_size samples of it, rank r the r-th contiguous slice. All ranks take the same
-    number of steps, and no rank ever gets an empty batch. No global random state is read or changed.
+    takes the next world_size * batch_size samples of it, rank r the r-th contiguous slice (of an iterable dataset:
+    every world_size-th). All ranks take the same number of steps, and no rank ever gets an empty batch. No global
+    random state of this process is read or changed.
 
     Go through it with `batches`, which takes an epoch or a `Cursor`. Iterating the loader itself works too: it counts
     its epochs from 0, one per iteration, with `rt.seed`.
 
     Args:
         rt: the runtime.
-        loader: a DataLoader over a map-style dataset, with torch's own samplers: `shuffle=True` (or a `RandomSampler`)
-            shuffles, `shuffle=False` keeps the dataset's order. `batch_size` is per rank; None makes every item of the
-            dataset a batch. Dataset, workers, `collate_fn`, `worker_init_fn`, pinned memory and a loader's own class
-            are kept; the loader that was passed is left alone. Its `generator` is not used: the order and the seeds
-            of the workers are functions of (seed, epoch), the latter also of the rank.
+        loader: a DataLoader. `batch_size` is per rank; None makes every item of the dataset a batch. Dataset, workers,
+            `collate_fn`, `worker_init_fn`, pinned memory and a loader's own class are kept; the loader that was passed
+            is left alone. `shuffle=True` shuffles, in an order of our own that needs no list; its `generator` is not
+            used. A sampler of any other kind is gone through whole at the start of each epoch, and what it yields is
+            the global order: it is told the epoch (`set_epoch`), and the random generators in its attributes start
+            from (seed, epoch, their state now). The batches of a batch sampler go whole to one rank each. An
+            `IterableDataset` is gone through on every rank and worker, and each keeps its part: what it costs to make
+            a sample is paid there once per rank and worker.
         shard: False leaves everything to the loader: order, sampler and generator are as they were, and every rank
-            goes through all that its loader yields. For custom samplers, batch samplers and iterable datasets that
-            share out the data themselves.
+            goes through all that its loader yields, for samplers and iterable datasets that share out the data
+            themselves. With `tail="drop"`, `batches` stops all ranks where the first of them ends.
         tail: what becomes of an incomplete last step. "spread" deals it out evenly, and where it holds less than one
-            row a rank, cuts the last two steps into two halves (with `batch_size=1`: joins them, so that some ranks
-            get two rows). "drop" leaves it out; a loader with `drop_last=True` means "drop".
+            row a rank, cuts the last two steps into two halves (with `batch_size=1`, a batch sampler or an iterable
+            dataset: joins them). "drop" leaves it out; a loader with `drop_last=True` means "drop".
+        seed_workers: seed the global generators of torch, numpy and Python in workers from (seed, epoch, place of the
+            batch), anew for every batch: the same run gives the same augmentations with any number of workers, with
+            persistent ones, and when it goes on at a cursor. With `batch_size=None` only when the workers start. False
+            leaves them to torch and to `worker_init_fn`.
 
     Returns:
         A new DataLoader of the same class; on every rank its own share.
 
     Raises:
-        DataError: the sampler is not torch's own, or the data cannot be dealt out to so many ranks.
-        CapabilityError: an iterable dataset.
+        DataError: a `DistributedSampler`, a loader that was set up, or data that cannot be dealt out to so many ranks.
         ConfigurationError: an unknown `tail`.
 
     Warns:
-        UnevenBatchesWarning: rank 0, once per call: ranks get different numbers of rows in the last steps. A mean over
+        UnevenBatchesWarning: rank 0, once per loader: ranks get different numbers of rows in some steps. A mean over
             ranks is then exact only with `weighted=True`; with it, silence the warning by
             `warnings.filterwarnings("ignore", category=ff.errors.UnevenBatchesWarning)`.
 
@@ -74,11 +86,15 @@ def setup_dataloader(rt: Runtime, loader: DataLoader[T], *, shard: bool = True, 
         >>> [batch.tolist() for batch in loader]
         [[0, 1], [2, 3], [4]]
     """
-    return _set_up(rt, loader, shard, tail)
+    return _set_up(rt, loader, shard, tail, seed_workers)
 
 
 def setup_dataloaders(
-    rt: Runtime, *loaders: DataLoader[Any], shard: bool = True, tail: Tail = "spread"
+    rt: Runtime,
+    *loaders: DataLoader[Any],
+    shard: bool = True,
+    tail: Tail = "spread",
+    seed_workers: bool = True,
 ) -> tuple[DataLoader[Any], ...]:
     """Several loaders at once: `setup_dataloader` for each.
 
@@ -87,6 +103,7 @@ def setup_dataloaders(
         loaders: as the `loader` of `setup_dataloader`, whose laws and errors hold for each.
         shard: for all of them, as there.
         tail: for all of them, as there.
+        seed_workers: for all of them, as there.
 
     Returns:
         One DataLoader for each, in the same order.
@@ -101,10 +118,10 @@ def setup_dataloaders(
         (8, 2)
     """
     # map, not a comprehension: that is a frame of its own in Python 3.11, and warnings name the caller by depth.
-    return tuple(map(partial(_set_up, rt, shard=shard, tail=tail), loaders))
+    return tuple(map(partial(_set_up, rt, shard=shard, tail=tail, seed_workers=seed_workers), loaders))
 
 
-def _set_up(rt: Runtime, loader: DataLoader[T], shard: bool, tail: Tail) -> DataLoader[T]:
+def _set_up(rt: Runtime, loader: DataLoader[T], shard: bool, tail: Tail, seed_workers: bool) -> DataLoader[T]:
     if not isinstance(loader, DataLoader):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(
             f"setup_dataloader takes a torch.utils.data.DataLoader, but {type(loader).__name__} was given. Any other"
@@ -116,10 +133,15 @@ def _set_up(rt: Runtime, loader: DataLoader[T], shard: bool, tail: Tail) -> Data
         raise DataError("this loader was set up already. Call ff.setup_dataloader once, on the DataLoader you built.")
     # A copy of the object, not a new one from its arguments: those of a user's own class are not known.
     mine = copy.copy(loader)
-    fields: dict[str, Any] = {"_iterator": None, FEED: None}
+    fields: dict[str, Any] = {"_iterator": None, FEED: None, IN_STEP: tail == "drop"}
     if shard:
-        feed = make_feed(rt, loader, tail)
-        fields |= {FEED: feed, "generator": feed.generator, "sampler" if feed.deal.ready else "batch_sampler": feed}
+        feed = make_feed(rt, loader, tail, seed_workers)
+        fields |= {FEED: feed, "sampler" if feed.ready else "batch_sampler": feed}
+        if seed_workers:
+            fields["generator"] = feed.generator
+        if feed.share is not None:
+            # It yields the lists of samples of whole batches, which DataLoader then only collates.
+            fields |= {"dataset": feed.share, "batch_sampler": None}
     # Not setattr: DataLoader refuses to change these attributes after its __init__.
     vars(mine).update(fields)
     return mine
@@ -154,8 +176,10 @@ def batches(
     """The rank's batches from a place in the data to the end of that epoch, on the device.
 
     Laws: the same cursor gives the same batches. Stopping after any batch and going on from its cursor gives the rest
-    of the epoch, on another world size or batch size too, and skipped samples are not read again. Augmentations made
-    by workers start anew there (their seeds are functions of seed, epoch and rank).
+    of the epoch, on another world size or batch size too. Skipped samples are not read again, at no cost (of an
+    iterable dataset they are: it goes forward through them). Augmentations drawn in workers are those of the batch's
+    place in the order, wherever the iteration began. On CUDA, batches are copied on a stream of their own while the
+    step before computes; copies wait for nobody out of memory that is pinned (`DataLoader(..., pin_memory=True)`).
 
     Args:
         rt: the runtime.
@@ -174,9 +198,12 @@ def batches(
 
     Raises:
         DataError: the cursor does not fit, the loader has no order to start in or to give cursors for, or, on several
-            ranks, it was not set up (all would get the same data).
+            ranks, it was not set up (all would get the same data). A sampler or an iterable dataset that does not yield
+            the same on every rank: on all ranks.
 
-    Not collective, but all ranks take the same number of steps.
+    Not collective over map-style datasets in order or with `shuffle=True`, but all ranks take the same number of steps.
+    Collective with a sampler of your own (one comparison of digests an epoch) and over an `IterableDataset` (votes on
+    the next steps, on their way while a step computes, since its end is not known): every rank goes through it.
 
     Example:
         >>> import fabricfn as ff
@@ -190,67 +217,17 @@ def batches(
     feed: Feed | None = getattr(loader, FEED, None)
     if feed is None:
         found = _iterate_foreign(rt, loader, cursor, with_cursor)
-        return map(partial(_moved, rt), found) if move_to_device else found
+        return moved(rt, found) if move_to_device else found
     if cursor is None or isinstance(cursor, SupportsIndex):
         cursor = Cursor(seed=rt.seed, epoch=0 if cursor is None else index(cursor))
-    cut(feed.deal, cursor.index)  # raises where the cursor does not fit
-    found = _iterate(loader, feed, cursor, with_cursor)
+    steps = feed.plan(cursor)
+    if steps.num is None:
+        found, after = iterate_stream(loader, feed, cursor, steps, with_cursor, rt.world)
+    else:
+        found, after = iterate(loader, feed, cursor, steps, with_cursor), cursors(steps, cursor)
     if move_to_device:
-        found = map(partial(_moved, rt), found)
-    return zip(found, _cursors(feed.deal, cursor), strict=True) if with_cursor else found
-
-
-def _iterate(loader: Any, feed: Feed, cursor: Cursor, with_cursor: bool) -> Iterator[Any]:
-    if with_cursor and loader.num_workers > 0 and not loader.in_order:
-        raise DataError(
-            "in_order=False lets batches overtake one another, so there is no one place to go on from. Build the"
-            " DataLoader with in_order=True, or call ff.batches without with_cursor=True."
-        )
-    before, feed.cursor = feed.started, cursor
-    try:
-        found: Iterator[Any] = iter(loader)
-        if feed.started == before:
-            # A class of the user's whose __iter__ is a generator: it asks for indices when the first batch is taken.
-            found = chain(list(islice(found, 1)), found)
-    finally:
-        feed.cursor = None
-    if feed.started == before:
-        raise DataError(
-            f"{type(loader).__name__} did not ask its batch_sampler (or sampler) for the indices of this iteration, so"
-            " it cannot start at a cursor. Let its __iter__ call DataLoader.__iter__ each time, or share out the data"
-            " by yourself: ff.setup_dataloader(rt, loader, shard=False)."
-        )
-    return _until_next(found, feed, feed.started) if loader.persistent_workers else found
-
-
-def _moved(rt: Runtime, batch: object) -> Any:
-    """`to_device`; a flat batch whose tensors are there already is passed on, at a tenth of the cost of walking it."""
-    kind, leaves, device = type(batch), cast(Any, batch), rt.world.device
-    for leaf in leaves if kind is tuple or kind is list else leaves.values() if kind is dict else (leaves,):
-        if type(leaf) is not torch.Tensor or leaf.device != device:
-            return to_device(rt, batch)
-    return batch
-
-
-def _until_next(found: Iterator[T], feed: Feed, started: int) -> Iterator[T]:
-    """The batches; an error once another iteration has taken over the persistent workers: torch would mix the two."""
-    while feed.started == started:
-        try:
-            batch = next(found)
-        except StopIteration:
-            return
-        yield batch
-    raise DataError(
-        "another iteration over this loader began, and with persistent_workers=True both share the workers. Finish one"
-        " before the other, or build the DataLoader with persistent_workers=False."
-    )
-
-
-def _cursors(deal: Deal, start: Cursor) -> Iterator[Cursor]:
-    seed, epoch, left = start.seed, start.epoch, num_steps(deal, start.index)
-    for end in step_ends(deal, start.index):
-        left -= 1
-        yield Cursor(seed=seed, epoch=epoch, index=end) if left else Cursor(seed=seed, epoch=epoch + 1)
+        found = moved(rt, found)
+    return zip(found, after, strict=steps.num is not None) if with_cursor else found
 
 
 def _iterate_foreign(
@@ -270,8 +247,9 @@ def _iterate_foreign(
         )
     if cursor is not None:
         epoch = index(cursor) if isinstance(cursor, SupportsIndex) else cursor.epoch
-        for name in ("sampler", "batch_sampler"):
-            set_epoch = getattr(getattr(cast(object, loader), name, None), "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
-    return iter(cast("Iterable[Any]", loader))
+        for name in ("sampler", "batch_sampler", "dataset"):
+            tell_epoch(getattr(cast(object, loader), name, None), epoch)
+    found = iter(cast("Iterable[Any]", loader))
+    if set_up and getattr(cast(object, loader), IN_STEP, False):
+        return (batch for batch, _ in with_next(found, rt.world, int, strict=False))
+    return found

@@ -1,7 +1,10 @@
 """Moving a tree to this process' device."""
 
 import copy
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -86,3 +89,51 @@ def _moved_module(module: nn.Module, device: torch.device) -> nn.Module:
 def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     """`cuda` without an index is any of them, as for `Tensor.to`."""
     return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+def move_batch(rt: Runtime, batch: object) -> Any:
+    """`to_device`; a flat batch whose tensors are there already is passed on, at a tenth of the cost of walking it."""
+    kind, leaves, device = type(batch), cast(Any, batch), rt.world.device
+    for leaf in leaves if kind is tuple or kind is list else leaves.values() if kind is dict else (leaves,):
+        if type(leaf) is not torch.Tensor or leaf.device != device:
+            return to_device(rt, batch)
+    return batch
+
+
+def move_all(rt: Runtime, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, each moved to the device when it is asked for."""
+    return map(partial(move_batch, rt), batches)
+
+
+def move_ahead(rt: Runtime, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, each moved on a stream of its own while the step before it computes.
+
+    Out of pinned memory (`DataLoader(..., pin_memory=True)`) the copies run beside the computation; out of other memory
+    they are right, too, but the host waits for them.
+    """
+    device = rt.world.device
+    side = torch.cuda.Stream(device)
+
+    def fetch() -> list[Any]:
+        found = list(islice(batches, 1))
+        # The copies may reuse the memory of an earlier batch, so its step must be done. All that was queued is waited
+        # for, whatever holds the tensors: `record_stream` would have to find them in a user's own classes.
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            return [move_batch(rt, batch) for batch in found]
+
+    ahead = fetch()
+    while ahead:
+        torch.cuda.current_stream(device).wait_stream(side)
+        (batch,) = ahead
+        ahead = fetch()
+        yield batch
+
+
+MOVERS: dict[str, Callable[[Runtime, Iterator[Any]], Iterator[Any]]] = {"cuda": move_ahead}
+"""The kinds of device that have streams; on the others a batch is moved when it is asked for."""
+
+
+def moved(rt: Runtime, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches on the device of this process."""
+    return MOVERS.get(rt.world.device.type, move_all)(rt, batches)

@@ -27,11 +27,12 @@ FLOORS = (
     # behind a model; permutations with random access; the loss scale; global generators
     ("engine", "permutations", "scaling", "generators"),
     ("strategy", "leases", "order"),  # what a strategy is; who may use which values; the order of the data
-    ("strategies", "records"),  # the strategies; the values of training
-    ("runtimes", "states"),  # where and how; the optimizer's values
-    ("losses", "copying"),  # what a loss function returns; nets of ours
-    ("binding", "cutting", "feeds", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
-    ("runs", "building"),  # one forward and backward pass; from a module to an engine
+    ("strategies", "records", "seeding"),  # the strategies; the values of training; generators that are not ours
+    ("runtimes", "states", "passes", "samplers"),  # where and how; the optimizer's values; the order of a user's data
+    ("losses", "copying", "streams"),  # what a loss function returns; nets of ours; data that only flow
+    ("binding", "cutting", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
+    ("runs", "building", "feeds", "votes"),  # one pass; from a module to an engine; what a rank takes
+    ("iterating",),  # from a cursor to the end of the epoch
     (
         "starting",
         "reporting",

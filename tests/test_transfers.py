@@ -1,6 +1,7 @@
 """`to_device`: structure, dtypes and aliases stay; what is there already is returned itself."""
 
 import collections
+import contextlib
 import dataclasses
 
 import optree
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.strategies import resolve
-from fabricfn.transfers import to_device
+from fabricfn.transfers import MOVERS, move_ahead, move_all, moved, to_device
 from fabricfn.world import World
 
 # A second device that every machine has: moving to it is real, only the values are gone.
@@ -108,3 +109,69 @@ def test_gradients_flow_through_the_move():
     assert moved.requires_grad
     assert moved.grad_fn is not None
     assert to_device(runtime(), x) is x
+
+
+# Batches on their way to the device
+
+
+def test_streams_are_used_where_there_are_some():
+    assert {"cuda": move_ahead} == MOVERS
+    for device in ("cpu", "meta"):
+        rt = runtime(device)
+        found = moved(rt, iter([(torch.ones(2), 1)]))
+        assert type(found) is type(move_all(rt, iter([]))), "no generator of ours between the loader and the loop"
+        assert next(found)[0].device.type == device
+
+
+class Streams:
+    """What `move_ahead` asks of torch.cuda, written down in the order in which it is asked."""
+
+    def __init__(self):
+        self.log = []
+
+    def Stream(self, device):
+        return Line(self.log, "copying")
+
+    def current_stream(self, device):
+        return Line(self.log, "computing")
+
+    @contextlib.contextmanager
+    def stream(self, line):
+        self.log.append(f"on {line.name}")
+        yield
+        self.log.append("off")
+
+
+@dataclasses.dataclass
+class Line:
+    log: list
+    name: str
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_copies_and_computation_wait_for_each_other_in_the_right_order(monkeypatch):
+    """There is no CUDA device here: this shows the order of the calls, on the device that all machines have."""
+    streams = Streams()
+    monkeypatch.setattr("fabricfn.transfers.torch.cuda", streams)
+    log = streams.log
+
+    def source():
+        for place in range(3):
+            log.append(f"fetch {place}")
+            yield torch.full((1,), place)
+
+    found = move_ahead(runtime("meta"), source())
+    for place in range(3):
+        batch = next(found)
+        log.append(f"step {place}")
+        assert batch.device == META
+    assert list(found) == []
+    copies = ["copying waits for computing", "on copying", "off"]
+    assert log == [
+        *("fetch 0", *copies),
+        *("computing waits for copying", "fetch 1", *copies, "step 0"),
+        *("computing waits for copying", "fetch 2", *copies, "step 1"),
+        *("computing waits for copying", *copies, "step 2"),
+    ]

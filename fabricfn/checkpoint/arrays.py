@@ -15,6 +15,7 @@ WRITE_INSTEAD: tuple[tuple[Any, str], ...] = (
     (torch.optim.Optimizer, "optimizer.state_dict()"),
     (torch.optim.lr_scheduler.LRScheduler, "scheduler.state_dict()"),
     (torch.Generator, "generator.get_state()"),
+    (torch.utils.data.DataLoader, "its cursor: for batch, cursor in ff.batches(rt, loader, with_cursor=True)"),
     ((torch.dtype, torch.device), "str(value)"),
     ((set, frozenset), "sorted(value)"),
     ((int, float, str, bytes), "the plain value: int(value), str(value), ..."),

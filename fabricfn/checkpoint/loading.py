@@ -16,6 +16,7 @@ from fabricfn.checkpoint.fitting import Fit, Want, built, fit
 from fabricfn.checkpoint.manifest import ARRAYS, Leaf, path_text, plain_value
 from fabricfn.checkpoint.opening import Source, opened
 from fabricfn.checkpoint.outline import Only, listing, nothing_selected, prune
+from fabricfn.checkpoint.riding import put_back, replaced, riders
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.leases import Place, caller
 from fabricfn.runtimes import Runtime
@@ -57,7 +58,8 @@ def load(
         path: the folder that `save` made; `latest(folder)` finds the newest.
         like: the template: a tree of the same structure, which decides the classes and devices. It is left alone.
             Where it has None, and without it, plain dicts, lists and tuples come back, tensors on `rt.device`.
-            Tensors on the meta device stand for tensors on `rt.device`.
+            Tensors on the meta device stand for tensors on `rt.device`. An object with `load_state_dict` (a loader) is
+            given its rank's state and returned itself.
         only: what to load, by path ("model", "model/params/*.weight", several, or a predicate of a leaf's path); only
             its bytes are read. Elsewhere the result holds the template's own values.
         strict: every entry of `like` must be in the checkpoint. Further entries of its dicts are the remainder, never
@@ -82,6 +84,7 @@ def load(
         {'w': tensor([1., 1.]), 'cursor': Cursor(seed=0, epoch=3, index=0)}
     """
     what, where = f"ff.load of {os.fspath(path)}", caller() if donate else None
+    whole, like = like, replaced(like, dict.fromkeys(riders(like)))
     with contextlib.ExitStack() as stack:
 
         def plan() -> tuple[tuple[Source, Fit], str]:
@@ -100,7 +103,14 @@ def load(
                 f"{what}: the ranks found different checkpoints there (save ids {', '.join(s[:8] for s in save_ids)};"
                 f" this is rank {rt.rank}). Was it replaced meanwhile? Load again once the save is done."
             )
-        return together(rt.world, what, lambda: (_read(rt, source, found, where, remainder or not strict), None))[0]
+
+        def read() -> tuple[Any, None]:
+            loaded = _read(rt, source, found, where, remainder or not strict)
+            if isinstance(loaded, Loaded):
+                return dataclasses.replace(loaded, tree=put_back(rt.world, whole, loaded.tree)), None
+            return put_back(rt.world, whole, loaded), None
+
+        return together(rt.world, what, read)[0]
 
 
 def _accepted(found: Fit, source: Source) -> Fit:

@@ -29,6 +29,7 @@ from fabricfn.checkpoint.manifest import (
 )
 from fabricfn.checkpoint.opening import local_path
 from fabricfn.checkpoint.outline import Only, Outline, leaves_of, listing, outline
+from fabricfn.checkpoint.riding import with_states
 from fabricfn.checkpoint.writing import Entry, header, sync_folder, write_file
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.runtimes import Runtime
@@ -70,7 +71,8 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
         tree: dicts, lists, tuples, named tuples, dataclasses, `Model`, `Optimizer`, `Grads`, `Cursor`, `Key`; torch
             tensors of any dtype and device, numpy arrays; numbers, strings, bytes, None. Keys are strings or integers.
             All ranks hold the same tree; its tensors are written once, by the ranks together. The same memory at two
-            places is written once.
+            places is written once. An object with `state_dict` and `load_state_dict` (a loader of torchdata) rides
+            along: the state of every rank is written.
         only: what to save, by path ("model", "model/params/*.weight", several of them, or a predicate of a leaf's
             path); everything by default.
 
@@ -93,6 +95,7 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
     world, what = rt.world, f"ff.save to {os.fspath(path)}"
     target = local_path(path)
     held: list[tuple[Path, int]] = []
+    tree = with_states(world, what, tree)
 
     def prepare() -> tuple[Draft, tuple[str, str]]:
         plan = outline(tree, only)

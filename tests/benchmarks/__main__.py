@@ -37,6 +37,7 @@ MEASURES = {
     "collectives": functools.partial(on_two_ranks, ranks.measure_collectives),
     "to_device": inputs.measure_to_device,
     "batches": inputs.measure_batches,
+    "stream": functools.partial(on_two_ranks, inputs.measure_stream),
     "imports": functools.partial(inputs.measure_programs, inputs.IMPORTS),
     "first_step": functools.partial(inputs.measure_programs, inputs.FIRST_STEPS),
 }
@@ -82,6 +83,7 @@ def measure_all(quick: bool) -> dict[str, Any]:
         results[f"collectives {name}"] = medians([result[name] for result in found], "loop")
     results["to_device"] = medians(in_fresh_processes("to_device", repeats, rounds=100 // divisor), "bare")
     results["batches"] = medians(in_fresh_processes("batches", repeats, rounds=100 // divisor), "bare")
+    results["stream"] = medians(in_fresh_processes("stream", repeats, rounds=max(40 // divisor, 2)), "bare")
     rounds = 1 if quick else 5
     results["imports"] = medians(in_fresh_processes("imports", 1, rounds=rounds), "import torch")
     results["first_step"] = medians(in_fresh_processes("first_step", 1, rounds=rounds), "plain")

@@ -15,6 +15,7 @@ ASKED = {
     "collectives all_gather": {"fabricfn": 0.05},
     "to_device": {"fabricfn": 1.2},
     "batches": {"fabricfn": 1.2},
+    "stream": {"fabricfn": 1.1},
     "imports": {"import fabricfn": 1.05},
 }
 
@@ -33,6 +34,7 @@ INPUT_ROWS = {
     "to_device": "`to_device` of 20 nested tensors against `optree.tree_map`",
     "batches": "`batches` over ready batches, a batch, against the bare DataLoader",
 }
+STREAM_ROWS = {"stream": "an epoch over an IterableDataset of 16384 samples, batches of 32"}
 
 HEAD = """# Benchmarks
 
@@ -105,6 +107,9 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         table(results, COLLECTIVE_ROWS, "loop", collectives),
         "## Around the step\n\nCPU time.\n",
         table(results, INPUT_ROWS, "bare", {"bare again (noise)": "again", "fabricfn": "fabricfn"}),
+        "On two ranks the bare DataLoader gives all of the data to each rank; fabricfn gives every sample to"
+        " one, and lets the ranks vote whether all of them have further batches.\n",
+        table(results, STREAM_ROWS, "bare", {"bare again (noise)": "again", "fabricfn": "fabricfn"}),
         table(results, {"imports": "importing"}, "import torch", first["imports"]),
         table(results, {"first_step": "from nothing to the first step done"}, "by hand", first["first_step"]),
     ]
