@@ -299,6 +299,42 @@ def test_records_with_sharded_leaves(tmp_path, ranks):
         ranks.run(loaded, world_size=world_size)
 
 
+STRATEGIES = [("single", 1), ("ddp", 2), ("functional", 3), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4)]
+
+
+def named(name):
+    return ff.strategies.fsdp() if name == "fsdp" else name
+
+
+def linear():
+    module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    with torch.no_grad():
+        for param in module.parameters():
+            param.copy_(torch.linspace(-1, 1, param.numel()).reshape(param.shape))
+    return module
+
+
+def test_every_strategy_loads_the_model_that_any_other_saved(tmp_path, ranks):
+    def saved(rt, path):
+        ff.save(rt, path, {"model": ff.setup_model(rt, linear())})
+
+    def loaded(rt, path):
+        model = ff.setup_model(rt, linear())
+        for donate in (False, True):
+            like = ff.tree_map(torch.zeros_like, model)
+            found = ff.load(rt, path, {"model": like}, donate=donate)["model"]
+            assert found.params.keys() == model.params.keys()
+            for name, param in model.params.items():
+                assert type(found.params[name]) is type(param)
+                assert bits(local(found.params[name])) == bits(local(param))
+        return ff.value(rt, lambda net, x: net(x).square().mean())(found, torch.ones(4, 3)).item()
+
+    for saver, writers in STRATEGIES:
+        ranks.run(saved, tmp_path / "c", world_size=writers, strategy=named(saver))
+        found = [ranks.run(loaded, tmp_path / "c", world_size=n, strategy=named(name)) for name, n in STRATEGIES]
+        assert len({value for values in found for value in values}) == 1
+
+
 def test_parameters_meta_templates_and_filling_in_place(tmp_path, ranks):
     value = filled(torch.float32, (5, 3))
     ranks.run(save_as, tmp_path / "c", ROWS, value)

@@ -51,11 +51,13 @@ def load(
     what is read is an error, never a wrong value. Nothing is unpickled or imported.
 
     Args:
-        rt: the runtime. Collective: every rank calls it, and every rank gets the whole tree.
+        rt: the runtime. Collective: every rank calls it, and every rank gets the whole tree; of a leaf that is a
+            DTensor in `like`, its own part, and only the bytes of that are read.
         path: the folder that `save` made; `latest(folder)` finds the newest.
         like: the template: a tree of the same structure, which decides the classes and devices. It is left alone.
             Where it has None, and without it, plain dicts, lists and tuples come back, tensors on `rt.device`.
-            Tensors on the meta device stand for tensors on `rt.device`.
+            Tensors on the meta device stand for tensors on `rt.device`. A DTensor fits a tensor of its global shape,
+            however that was sharded when it was saved.
         only: what to load, by path ("model", "model/params/*.weight", several, or a predicate of a leaf's path); only
             its bytes are read. Elsewhere the result holds the template's own values.
         strict: every entry of `like` must be in the checkpoint. Further entries of its dicts are the remainder, never

@@ -55,8 +55,8 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
             stands there is replaced in one step; a folder with anything else is refused.
         tree: dicts, lists, tuples, named tuples, dataclasses, `Model`, `Optimizer`, `Grads`, `Cursor`, `Key`; torch
             tensors of any dtype and device, numpy arrays; numbers, strings, bytes, None. Keys are strings or integers.
-            All ranks hold the same tree; its tensors are written once, by the ranks together. The same memory at two
-            places is written once.
+            All ranks hold the same tree; its tensors are written once, by the ranks together. Of a DTensor each rank
+            writes its own part; nothing is gathered. The same memory at two places is written once.
         only: what to save, by path ("model", "model/params/*.weight", several of them, or a predicate of a leaf's
             path); everything by default.
 
@@ -64,8 +64,9 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
         A `Receipt`, the same on every rank.
 
     Raises:
-        CheckpointError: a value cannot be stored (all of them are named), or a rank failed (named on every rank).
-        MismatchError: the ranks' trees or plain values differ; the message names the entries.
+        CheckpointError: a value cannot be stored (all of them are named), a DTensor is not whole on these ranks, or a
+            rank failed (named on every rank).
+        MismatchError: the ranks' trees, plain values or shardings differ; the message names the entries.
         DonatedError: a record in the tree was given away.
 
     Example:
