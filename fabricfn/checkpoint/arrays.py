@@ -1,6 +1,5 @@
 """Arrays and bytes: torch tensors, numpy arrays and numpy scalars as leaves of a checkpoint, bit for bit."""
 
-import math
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -8,7 +7,8 @@ import numpy as np
 import torch
 
 from fabricfn.checkpoint.manifest import BLOCK, DTYPES, RAW_DTYPES, Leaf, class_of
-from fabricfn.checkpoint.opening import Source, read_piece
+from fabricfn.checkpoint.placements import Unmapped, layout_of, local_tensor, parts_of
+from fabricfn.sharding import is_sharded
 
 WRITE_INSTEAD: tuple[tuple[Any, str], ...] = (
     (torch.nn.Module, "module.state_dict()"),
@@ -25,6 +25,8 @@ ANYTHING = "a dict, a list or a dataclass of tensors, numbers and strings (str(p
 
 def array_leaf(value: Any, host: bool) -> Leaf | str | None:
     """The leaf of an array, without pieces; what is wrong with it; or None when `value` is no array.
+
+    A DTensor is a tensor of its global shape.
 
     Args:
         value: anything.
@@ -45,7 +47,11 @@ def array_leaf(value: Any, host: bool) -> Leaf | str | None:
 
 def _tensor_leaf(value: torch.Tensor, host: bool) -> Leaf | str:
     kind, name = type(value), str(value.dtype).removeprefix("torch.")
-    if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+    if is_sharded(value):
+        fault = shard_fault(value)
+        if fault:
+            return fault
+    elif kind is not torch.Tensor and kind is not torch.nn.Parameter:
         return f"a tensor of class {kind.__name__} cannot be stored. Write value.as_subclass(torch.Tensor)."
     if value.layout is not torch.strided or value.is_nested:
         return f"a tensor of layout {value.layout} cannot be stored. Write value.to_dense() or its parts."
@@ -54,6 +60,18 @@ def _tensor_leaf(value: torch.Tensor, host: bool) -> Leaf | str:
     if name not in DTYPES and name not in RAW_DTYPES:
         return f"a tensor of dtype {name} cannot be stored. Write another dtype, or its parts."
     return Leaf(kind="tensor", dtype=name, shape=tuple(value.shape), host=host and value.device.type == "cpu")
+
+
+def shard_fault(value: torch.Tensor) -> str:
+    """Why the part of this rank of a DTensor cannot be told; empty when it can."""
+    local = local_tensor(value)
+    if type(local) is not torch.Tensor:
+        return f"a DTensor of parts of class {type(local).__name__} cannot be stored. Write value.full_tensor()."
+    try:
+        parts_of(value)
+    except Unmapped as error:
+        return f"a DTensor cannot be stored: {error}"
+    return ""
 
 
 def advice(value: Any) -> str:
@@ -67,10 +85,12 @@ def advice(value: Any) -> str:
 def identity(value: Any) -> Hashable | None:
     """Equal for arrays that are the very same memory, seen alike; None where there is no memory to share."""
     if isinstance(value, torch.Tensor):
-        if not value.numel() or value.is_meta:
+        local = local_tensor(value)
+        if not local.numel() or local.is_meta:
             return None
-        bits = (value.is_conj(), value.is_neg())
-        return ("tensor", value.device, value.data_ptr(), value.dtype, value.shape, value.stride(), bits)
+        bits = (local.is_conj(), local.is_neg())
+        place = (local.device, local.data_ptr(), local.dtype, local.shape, local.stride())
+        return ("tensor", place, bits, layout_of(value))
     if type(value) is np.ndarray and value.size:
         return ("array", value.__array_interface__["data"][0], value.dtype, value.shape, value.strides)
     return None
@@ -104,25 +124,3 @@ def bytes_of(value: torch.Tensor) -> memoryview:
 
 def _memory(value: Any) -> memoryview:
     return memoryview(value)
-
-
-def read_array(source: Source, leaf: Leaf, into: torch.Tensor, what: str) -> None:
-    """Fill a tensor in host memory with a leaf; every byte is checked, and every element must be covered."""
-    covered = 0
-    for piece in leaf.pieces:
-        part = into
-        for dim, (begin, length) in enumerate(zip(piece.offset, piece.shape, strict=True)):
-            part = part.narrow(dim, begin, length)
-        if part.is_contiguous():
-            read_piece(source, piece, bytes_of(part), what)
-        else:
-            rows = torch.empty(piece.shape, dtype=into.dtype, device="cpu")
-            read_piece(source, piece, bytes_of(rows), what)
-            part.copy_(rows)
-        covered += math.prod(piece.shape)
-    assert covered == into.numel(), f"{what}: {covered} of {into.numel()} elements were covered"
-
-
-def torch_dtype(leaf: Leaf) -> torch.dtype:
-    """The dtype of a leaf, numpy's included."""
-    return getattr(torch, leaf.dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fabricfn.checkpoint.manifest import ARRAYS, MANIFEST, array_bytes, path_text, paths_of, plain_value
-from fabricfn.checkpoint.opening import ASIDE, local_path, opened, read_piece
+from fabricfn.checkpoint.opening import ASIDE, PieceReader, local_path, opened
 from fabricfn.errors import CheckpointError
 
 
@@ -136,7 +136,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Summary:
         for index, place in paths_of(source.manifest.tree).items():
             for piece in source.manifest.leaves[index].pieces:
                 try:
-                    read_piece(source, piece, None, path_text(place))
+                    PieceReader(source, piece, path_text(place)).check()
                 except CheckpointError as error:
                     problems.append(str(error))
     if problems:

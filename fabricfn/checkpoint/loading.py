@@ -7,15 +7,13 @@ from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-import torch
-
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.arrays import identity, read_array, torch_dtype
+from fabricfn.checkpoint.arrays import identity
 from fabricfn.checkpoint.fitting import Fit, Want, built, fit
 from fabricfn.checkpoint.manifest import ARRAYS, Leaf, path_text, plain_value
 from fabricfn.checkpoint.opening import Source, opened
 from fabricfn.checkpoint.outline import Only, listing, nothing_selected, prune
+from fabricfn.checkpoint.reading import needed_bytes, read_leaf
 from fabricfn.checkpoint.riding import put_back, replaced, riders
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.leases import Place, caller
@@ -54,12 +52,14 @@ def load(
     what is read is an error, never a wrong value. Nothing is unpickled or imported.
 
     Args:
-        rt: the runtime. Collective: every rank calls it, and every rank gets the whole tree.
+        rt: the runtime. Collective: every rank calls it, and every rank gets the whole tree; of a leaf that is a
+            DTensor in `like`, its own part, and only the bytes of that are read.
         path: the folder that `save` made; `latest(folder)` finds the newest.
         like: the template: a tree of the same structure, which decides the classes and devices. It is left alone.
             Where it has None, and without it, plain dicts, lists and tuples come back, tensors on `rt.device`.
-            Tensors on the meta device stand for tensors on `rt.device`. An object with `load_state_dict` (a loader) is
-            given its rank's state and returned itself.
+            Tensors on the meta device stand for tensors on `rt.device`. A DTensor fits a tensor of its global shape,
+            however that was sharded when it was saved. An object with `load_state_dict` (a loader) is given its rank's
+            state and returned itself.
         only: what to load, by path ("model", "model/params/*.weight", several, or a predicate of a leaf's path); only
             its bytes are read. Elsewhere the result holds the template's own values.
         strict: every entry of `like` must be in the checkpoint. Further entries of its dicts are the remainder, never
@@ -151,9 +151,10 @@ def _values(rt: Runtime, source: Source, wants: Sequence[Want], donate: bool) ->
 
     def read(item: tuple[Hashable, Want]) -> tuple[Hashable, Any]:
         key, want = item
-        return key, _read_leaf(rt, source, _whole(leaves, want), want.like, donate, path_text(want.path))
+        leaf, what = _whole(leaves, want), path_text(want.path)
+        return key, read_leaf(source, leaf, want.like, what, device=rt.device, donate=donate)
 
-    if sum(piece.size for want in first.values() for piece in _whole(leaves, want).pieces) < FEW_BYTES:
+    if sum(needed_bytes(_whole(leaves, want), want.like) for want in first.values()) < FEW_BYTES:
         found = dict(map(read, first.items()))
     else:
         with ThreadPoolExecutor(READERS) as pool:
@@ -175,39 +176,3 @@ def _whole(leaves: Sequence[Leaf], want: Want) -> Leaf:
     """The leaf that has the pieces."""
     leaf = leaves[want.leaf]
     return leaf if leaf.alias is None else leaves[leaf.alias]
-
-
-def _read_leaf(rt: Runtime, source: Source, leaf: Leaf, like: Any, donate: bool, what: str) -> Any:
-    if leaf.kind != "tensor":
-        into = torch.empty(leaf.shape, dtype=torch_dtype(leaf), device="cpu")
-        read_array(source, leaf, into, what)
-        if leaf.kind == "number":
-            return into.numpy()[()]
-        if donate and like is not None:
-            np.copyto(like, into.numpy())
-            return like
-        return into.numpy()
-    if not isinstance(like, torch.Tensor):
-        into = torch.empty(leaf.shape, dtype=torch_dtype(leaf), device="cpu")
-        read_array(source, leaf, into, what)
-        return into if leaf.host else into.to(rt.device)
-    return _read_like(rt, source, leaf, like, donate, what)
-
-
-def _read_like(rt: Runtime, source: Source, leaf: Leaf, like: torch.Tensor, donate: bool, what: str) -> torch.Tensor:
-    with torch.no_grad():
-        values = like.detach()
-        fill = donate and not like.is_meta
-        if fill and like.device.type == "cpu" and like.is_contiguous() and not like.is_conj() and not like.is_neg():
-            read_array(source, leaf, values, what)
-            if not like.is_inference():
-                torch.autograd.graph.increment_version(like)
-            return like
-        into = torch.empty_like(values, device="cpu")
-        read_array(source, leaf, into, what)
-        if fill:
-            return like.copy_(into)
-        loaded = into.to(rt.device if like.is_meta else like.device)
-    if type(like) is torch.nn.Parameter:
-        return torch.nn.Parameter(loaded, requires_grad=like.requires_grad)
-    return loaded.requires_grad_(like.requires_grad)

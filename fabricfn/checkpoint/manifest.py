@@ -14,6 +14,7 @@ import math
 import re
 from typing import Any
 
+from fabricfn.checkpoint.boxes import Box
 from fabricfn.errors import CheckpointError
 
 FORMAT = "fabricfn-checkpoint"
@@ -92,6 +93,11 @@ class Piece:
     """Its bytes."""
     crc32: tuple[int, ...] = ()
     """One checksum for each BLOCK bytes."""
+
+    @property
+    def box(self) -> Box:
+        """The block of elements."""
+        return Box(self.offset, self.shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

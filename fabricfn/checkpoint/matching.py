@@ -5,14 +5,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fabricfn.checkpoint.arrays import advice, array_leaf
+from fabricfn.checkpoint.arrays import advice, array_leaf, shard_fault
 from fabricfn.checkpoint.manifest import ARRAYS, Leaf, Node, plain_leaf
+from fabricfn.checkpoint.placements import local_tensor
+from fabricfn.sharding import is_sharded
 
 
 def leaf_of(like: Any) -> Leaf | str:
     """What the template expects; or what is wrong with it. A tensor on the meta device stands for one with values."""
     if isinstance(like, torch.Tensor) and like.is_meta:
-        return Leaf(kind="tensor", dtype=str(like.dtype).removeprefix("torch."), shape=tuple(like.shape))
+        fault = shard_fault(like) if is_sharded(like) else ""
+        return fault or Leaf(kind="tensor", dtype=str(like.dtype).removeprefix("torch."), shape=tuple(like.shape))
     return plain_leaf(like) or array_leaf(like, False) or advice(like)
 
 
@@ -46,7 +49,8 @@ def unfillable(like: Any) -> str:
     if isinstance(like, torch.Tensor):
         if like.is_meta:
             return "a tensor on the meta device. Write value.to_empty(device=rt.device)"
-        if any(stride == 0 and length > 1 for stride, length in zip(like.stride(), like.shape, strict=True)):
+        local = local_tensor(like)
+        if any(stride == 0 and length > 1 for stride, length in zip(local.stride(), local.shape, strict=True)):
             return "an expanded tensor. Write value.clone()"
     if type(like) is np.ndarray and not like.flags.writeable:
         return "a read-only array. Write value.copy()"

@@ -12,12 +12,21 @@ import re
 import stat
 import warnings
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from fabricfn.checkpoint.manifest import BLOCK, DATA, MANIFEST, MANIFEST_LIMIT, Manifest, Piece
+from fabricfn.checkpoint.manifest import (
+    BLOCK,
+    DATA,
+    MANIFEST,
+    MANIFEST_LIMIT,
+    Manifest,
+    Piece,
+    path_text,
+    paths_of,
+)
 from fabricfn.checkpoint.validation import from_bytes
-from fabricfn.checkpoint.writing import entries_of, header
+from fabricfn.checkpoint.writing import Entry, entries_of, header
 from fabricfn.errors import CheckpointError
 
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -61,9 +70,9 @@ def opened(path: str | os.PathLike[str], say: bool = True) -> Generator[Source]:
             try:
                 source = _open(place, stack)
                 break
-            except FileNotFoundError:
+            except FileNotFoundError as gone:
                 if _inode(place) == before:
-                    raise _missing(wanted) from None
+                    raise _missing(wanted, gone) from None
                 stack.close()  # another checkpoint took the place meanwhile
             except OSError as error:
                 raise CheckpointError(f"the checkpoint {place} cannot be opened: {error}.") from error
@@ -127,7 +136,10 @@ def _open(place: Path, stack: contextlib.ExitStack) -> Source:
     origins: list[int] = []
     within = _folder(DATA, stack, folder) if manifest.files else -1
     for (name, size), entries in zip(manifest.files, entries_of(manifest.leaves, len(manifest.files)), strict=True):
-        fd, found = _file(name.removeprefix(DATA + "/"), stack, within, f"{place / name}")
+        try:
+            fd, found = _file(name.removeprefix(DATA + "/"), stack, within, f"{place / name}")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(error.errno, _inside(manifest, name, entries)) from None
         expected = header(manifest.save_id, entries)
         end = entries[-1][2].start + entries[-1][2].size if entries else 0
         if found != size or found != len(expected) + end:
@@ -151,7 +163,14 @@ def _inode(place: Path) -> int | None:
         return None
 
 
-def _missing(place: Path) -> CheckpointError:
+def _inside(manifest: Manifest, name: str, entries: Sequence[Entry]) -> str:
+    """What was in a data file that is missing."""
+    paths = paths_of(manifest.tree)
+    places = [path_text(paths[int(key.partition(".")[0])]) for key, _, _ in entries]
+    return f"{name} with {', '.join(places[:4]) or 'nothing'}{', ...' if len(places) > 4 else ''}"
+
+
+def _missing(place: Path, gone: FileNotFoundError) -> CheckpointError:
     if not place.is_dir():
         parent = place.parent
         names = sorted(found.name for found in parent.iterdir() if found.name[0] != ".") if parent.is_dir() else []
@@ -163,7 +182,10 @@ def _missing(place: Path) -> CheckpointError:
             f"{place} is a folder of checkpoints ({', '.join(inside[-3:])}), not one. Write"
             f" ff.load(rt, ff.latest({str(place)!r}), ...)."
         )
-    return CheckpointError(f"{place} is not a whole checkpoint: its {MANIFEST} or one of its data files is missing.")
+    return CheckpointError(
+        f"{place} is not a whole checkpoint: {gone.filename or gone.strerror} is missing. Load another one:"
+        " ff.latest(folder) finds the newest whole one."
+    )
 
 
 def read_at(fd: int, size: int, start: int) -> bytes:
@@ -175,24 +197,54 @@ def read_at(fd: int, size: int, start: int) -> bytes:
     return b"".join(found)
 
 
-def read_piece(source: Source, piece: Piece, into: memoryview | None, what: str) -> None:
-    """Check every block of a piece, and fill `into`, which is as large as the piece; None only checks.
+class PieceReader:
+    """Reads a piece by position and checks every block it touches; one block that was wanted in part is kept."""
 
-    `what` is the leaf's path, for the message.
-    """
-    fd, begin = source.fds[piece.file], source.origins[piece.file] + piece.start
-    scratch = memoryview(bytearray(min(BLOCK, piece.size) if into is None else 0))
-    for number, expected in enumerate(piece.crc32):
-        at = number * BLOCK
-        length = min(BLOCK, piece.size - at)
-        block = scratch[:length] if into is None else into[at : at + length]
-        filled = 0
-        while filled < length and (count := os.preadv(fd, [block[filled:]], begin + at + filled)):
+    def __init__(self, source: Source, piece: Piece, what: str) -> None:
+        self.source, self.piece = source, piece
+        self.what = what
+        """The leaf's path, for the message."""
+        self.fd, self.origin = source.fds[piece.file], source.origins[piece.file] + piece.start
+        self.scratch = memoryview(b"")
+        self.held = -1
+
+    def read(self, begin: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of the piece from `begin`; blocks that are wanted whole go straight there."""
+        end = begin + into.nbytes
+        for number in range(begin // BLOCK, -(-end // BLOCK)):
+            at = number * BLOCK
+            stop = min(at + BLOCK, self.piece.size)
+            if begin <= at and stop <= end:
+                self._fill(number, into[at - begin : stop - begin])
+                continue
+            low, high = max(at, begin), min(stop, end)
+            into[low - begin : high - begin] = self._block(number)[low - at : high - at]
+
+    def check(self) -> None:
+        """Read and check the whole piece."""
+        for number in range(len(self.piece.crc32)):
+            self._block(number)
+
+    def _block(self, number: int) -> memoryview:
+        """A block in the buffer."""
+        if not self.scratch.nbytes:
+            self.scratch = memoryview(bytearray(min(BLOCK, self.piece.size)))
+        block = self.scratch[: min(BLOCK, self.piece.size - number * BLOCK)]
+        if number != self.held:
+            self.held = -1
+            self._fill(number, block)
+            self.held = number
+        return block
+
+    def _fill(self, number: int, block: memoryview) -> None:
+        begin, filled = self.origin + number * BLOCK, 0
+        while filled < block.nbytes and (count := os.preadv(self.fd, [block[filled:]], begin + filled)):
             filled += count
-        if filled < length or zlib.crc32(block) != expected:
-            name = source.manifest.files[piece.file][0]
-            raise CheckpointError(
-                f"{source.path / name} is damaged: the checksum of block {number} of {what!r} (bytes {begin + at:,} to"
-                f" {begin + at + length:,}) is wrong. Load another checkpoint: ff.latest(folder) finds the newest"
-                " whole one, ff.verify_checkpoint(path) reads one completely."
-            )
+        if filled == block.nbytes and zlib.crc32(block) == self.piece.crc32[number]:
+            return
+        name = self.source.manifest.files[self.piece.file][0]
+        raise CheckpointError(
+            f"{self.source.path / name} is damaged: the checksum of block {number} of {self.what!r} (bytes {begin:,} to"
+            f" {begin + block.nbytes:,}) is wrong. Load another checkpoint: ff.latest(folder) finds the newest whole"
+            " one, ff.verify_checkpoint(path) reads one completely."
+        )

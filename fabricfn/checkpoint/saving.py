@@ -1,8 +1,6 @@
 """`save`: every rank writes its share, all agree, and the checkpoint appears by one rename."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import secrets
 import time
@@ -11,29 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.arrays import chunks
 from fabricfn.checkpoint.commit import check_target, clear, put_in_place, work_folder
-from fabricfn.checkpoint.manifest import (
-    ARRAYS,
-    DATA,
-    MANIFEST,
-    Leaf,
-    Manifest,
-    Piece,
-    array_bytes,
-    leaf_json,
-    node_json,
-    path_text,
-    stored_as,
-    to_bytes,
-)
+from fabricfn.checkpoint.differences import digest, raise_mismatch
+from fabricfn.checkpoint.manifest import DATA, MANIFEST, Leaf, Manifest, Node, Piece, array_bytes, to_bytes
 from fabricfn.checkpoint.opening import local_path
-from fabricfn.checkpoint.outline import Only, Outline, leaves_of, listing, outline
+from fabricfn.checkpoint.outline import Only, outline
 from fabricfn.checkpoint.riding import with_states
+from fabricfn.checkpoint.sharing import (
+    Chore,
+    Draft,
+    Holding,
+    agreed_leaves,
+    drafted,
+    owners_of,
+    piece_chunks,
+    shares,
+)
 from fabricfn.checkpoint.writing import Entry, header, sync_folder, write_file
-from fabricfn.errors import CheckpointError, MismatchError
+from fabricfn.errors import CheckpointError
 from fabricfn.runtimes import Runtime
-from fabricfn.world import World
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +44,6 @@ class Receipt:
     """From the call to the commit, on rank 0."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """What this rank is about to save."""
-
-    plan: Outline
-    leaves: tuple[Leaf, ...]
-
-
 def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = None) -> Receipt:
     """Write a tree as a checkpoint, so that a crash at any instant leaves the old one or the new one.
 
@@ -70,9 +56,9 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
             stands there is replaced in one step; a folder with anything else is refused.
         tree: dicts, lists, tuples, named tuples, dataclasses, `Model`, `Optimizer`, `Grads`, `Cursor`, `Key`; torch
             tensors of any dtype and device, numpy arrays; numbers, strings, bytes, None. Keys are strings or integers.
-            All ranks hold the same tree; its tensors are written once, by the ranks together. The same memory at two
-            places is written once. An object with `state_dict` and `load_state_dict` (a loader of torchdata) rides
-            along: the state of every rank is written.
+            All ranks hold the same tree; its tensors are written once, by the ranks together. Of a DTensor each rank
+            writes its own part; nothing is gathered. The same memory at two places is written once. An object with
+            `state_dict` and `load_state_dict` (a loader of torchdata) rides along: the state of every rank is written.
         only: what to save, by path ("model", "model/params/*.weight", several of them, or a predicate of a leaf's
             path); everything by default.
 
@@ -80,8 +66,9 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
         A `Receipt`, the same on every rank.
 
     Raises:
-        CheckpointError: a value cannot be stored (all of them are named), or a rank failed (named on every rank).
-        MismatchError: the ranks' trees or plain values differ; the message names the entries.
+        CheckpointError: a value cannot be stored (all of them are named), a DTensor is not whole on these ranks, or a
+            rank failed (named on every rank).
+        MismatchError: the ranks' trees, plain values or shardings differ; the message names the entries.
         DonatedError: a record in the tree was given away.
 
     Example:
@@ -97,29 +84,31 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
     held: list[tuple[Path, int]] = []
     tree = with_states(world, what, tree)
 
-    def prepare() -> tuple[Draft, tuple[str, str]]:
-        plan = outline(tree, only)
-        draft = Draft(plan=plan, leaves=leaves_of(plan, world.device.type != "cpu"))
+    def prepare() -> tuple[Draft, tuple[str, str, Holding]]:
+        draft = drafted(outline(tree, only), world.device.type != "cpu")
         save_id = secrets.token_hex(16)
         if world.rank == 0:
             check_target(target)
             held.append(work_folder(target, save_id))
-        return draft, (save_id, "" if world.group is None else _digest(target, draft))
+        return draft, (save_id, "" if world.group is None else digest(target, draft), draft.holding)
 
     try:
         draft, answers = together(world, what, prepare)
         save_id = answers[0][0]
-        if len({digest for _, digest in answers}) > 1:
-            _raise_mismatch(world, what, target, draft)
+        if len({found for _, found, _ in answers}) > 1:
+            raise_mismatch(world, what, target, draft)
+        holdings = [holding for _, _, holding in answers]
+        leaves = agreed_leaves(draft, holdings)
+        mine = shares(leaves, owners_of(draft, leaves, holdings), world.world_size)[world.rank]
         work = target.parent / f".tmp-{target.name}-{save_id}"
-        written = together(world, what, lambda: (None, _write(work, save_id, draft.leaves, draft.plan.values, world)))[
-            1
-        ]
+        name = f"{DATA}/r{world.rank:05d}-000.safetensors"
+        values = draft.plan.values
+        written = together(world, what, lambda: (None, _write(work, name, save_id, leaves, values, mine)))[1]
 
         def commit() -> tuple[None, tuple[int, float]]:
             if world.rank:
                 return None, (0, 0.0)
-            manifest = _manifest(rt, save_id, draft, written)
+            manifest = _manifest(rt, save_id, draft.plan.tree, leaves, written)
             size = _commit(work, target, manifest)
             return None, (size + sum(size for _, size in manifest.files), time.perf_counter() - began)
 
@@ -130,112 +119,53 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
             clear(work, target, lock)
 
 
-def _digest(target: Path, draft: Draft) -> str:
-    text = json.dumps([str(target), node_json(draft.plan.tree), _descriptions(draft)])
-    return hashlib.sha256(text.encode()).hexdigest()
+Written = tuple[str, int, list[tuple[int, int, Piece]]] | None
+"""A data file's name and size, and (leaf, number, piece) for each piece; None for a rank that writes nothing."""
 
 
-def _descriptions(draft: Draft) -> dict[str, str]:
-    """What must be equal on all ranks: for each leaf its place, kind, dtype, shape, alias, or its plain value."""
-    pairs = zip(draft.plan.paths, draft.leaves, strict=True)
-    return {path_text(path): json.dumps(leaf_json(leaf, path)) for path, leaf in pairs}
-
-
-def _raise_mismatch(world: World, what: str, target: Path, draft: Draft) -> None:
-    """Raise on every rank the error that says which entries differ, and where. Collective."""
-    mine = {"the path": str(target), **_descriptions(draft)}
-    everyone = together(world, what, lambda: (None, mine))[1]
-    lines: list[str] = []
-    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
-        by_value: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(everyone):
-            by_value.setdefault(_shown(theirs.get(name)), []).append(rank)
-        if len(by_value) > 1:
-            parts = (f"ranks {', '.join(map(str, ranks))} have {value}" for value, ranks in by_value.items())
-            lines.append(f"{name}: {'; '.join(parts)}")
-    raise MismatchError(
-        f"{what}: the ranks do not hold the same tree (this is rank {world.rank}). Tensors that differ in shape and"
-        " plain values that differ cannot be saved as one; make them equal: ff.broadcast(rt, tree), or leave them out:"
-        f" only=....{listing(lines or ['the order of the keys of a dict differs'])}"
-    )
-
-
-def _shown(description: str | None) -> str:
-    if description is None:
-        return "nothing"
-    if description[0] != "{":
-        return description
-    leaf = json.loads(description)
-    if leaf["kind"] in ARRAYS:
-        alias = f", the same as entry {leaf['alias']}" if "alias" in leaf else ""
-        return f"a {leaf['kind']} {leaf['dtype']}{leaf['shape']}{alias}"
-    return f"{str(leaf.get('v'))[:40]} ({leaf['kind']})"
-
-
-def shares(leaves: Sequence[Leaf], world_size: int) -> list[list[int]]:
-    """For each rank the arrays that it writes: the largest first, each to the rank that has the least so far.
-
-    Within a rank's file they are ordered by the size of their elements, so that each is aligned.
-    """
-    sizes = {i: array_bytes(leaf.dtype, leaf.shape) for i, leaf in enumerate(leaves) if _is_stored(leaf)}
-    loads = [0] * world_size
-    found: list[list[int]] = [[] for _ in range(world_size)]
-    for index in sorted(sizes, key=lambda i: (-sizes[i], i)):
-        rank = loads.index(min(loads))
-        found[rank].append(index)
-        loads[rank] += sizes[index]
-    for indices in found:
-        indices.sort(key=lambda i: (-stored_as(leaves[i].dtype)[1], i))
-    return found
-
-
-def _is_stored(leaf: Leaf) -> bool:
-    return leaf.kind in ARRAYS and leaf.alias is None
-
-
-Written = tuple[str, int, list[tuple[int, Piece]]] | None
-"""A data file's name and size, and (leaf, piece) for each of its arrays; None for a rank that writes nothing."""
-
-
-def _write(work: Path, save_id: str, leaves: Sequence[Leaf], values: Sequence[Any], world: World) -> Written:
+def _write(
+    work: Path, name: str, save_id: str, leaves: Sequence[Leaf], values: Sequence[Any], chores: Sequence[Chore]
+) -> Written:
     """Write this rank's share into a file of its own, on the disk when this returns."""
-    share = shares(leaves, world.world_size)
-    mine = share[world.rank]
-    if not mine:
+    if not chores:
         return None
-    number = sum(map(bool, share[: world.rank]))
-    name = f"{DATA}/r{world.rank:05d}-000.safetensors"
     start = 0
     entries: list[Entry] = []
-    for index in mine:
-        leaf = leaves[index]
-        size = array_bytes(leaf.dtype, leaf.shape)
-        piece = Piece(file=number, offset=(0,) * len(leaf.shape), shape=leaf.shape, start=start, size=size)
-        entries.append((f"{index}.0", leaf, piece))
+    for chore in chores:
+        leaf, box = leaves[chore.leaf], chore.box
+        size = array_bytes(leaf.dtype, box.shape)
+        # the number of the file is known once all ranks have said whether they write one
+        piece = Piece(file=-1, offset=box.offset, shape=box.shape, start=start, size=size)
+        entries.append((f"{chore.leaf}.{chore.number}", leaf, piece))
         start += size
-    parts = (chunks(values[index]) for index in mine)
+    parts = (piece_chunks(values[chore.leaf], chore.box) for chore in chores)
     size, checksums = write_file(str(work / name), header(save_id, entries), parts)
     pieces = (dataclasses.replace(piece, crc32=crcs) for (_, _, piece), crcs in zip(entries, checksums, strict=True))
-    return name, size, list(zip(mine, pieces, strict=True))
+    return name, size, [(chore.leaf, chore.number, piece) for chore, piece in zip(chores, pieces, strict=True)]
 
 
-def _manifest(rt: Runtime, save_id: str, draft: Draft, written: Sequence[Written]) -> Manifest:
-    leaves = list(draft.leaves)
+def _manifest(
+    rt: Runtime, save_id: str, tree: Node | int, leaves: Sequence[Leaf], written: Sequence[Written]
+) -> Manifest:
     files: list[tuple[str, int]] = []
+    pieces: list[dict[int, Piece]] = [{} for _ in leaves]
     for part in written:
         if part is None:
             continue
-        name, size, pieces = part
+        name, size, found = part
+        for leaf, number, piece in found:
+            pieces[leaf][number] = dataclasses.replace(piece, file=len(files))
         files.append((name, size))
-        for index, piece in pieces:
-            leaves[index] = dataclasses.replace(leaves[index], pieces=(*leaves[index].pieces, piece))
     return Manifest(
         save_id=save_id,
         created=time.time(),
         world_size=rt.world.world_size,
         strategy=rt.strategy.name,
-        tree=draft.plan.tree,
-        leaves=tuple(leaves),
+        tree=tree,
+        leaves=tuple(
+            dataclasses.replace(leaf, pieces=tuple(found[number] for number in sorted(found)))
+            for leaf, found in zip(leaves, pieces, strict=True)
+        ),
         files=tuple(files),
     )
 

@@ -8,9 +8,9 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from itertools import combinations, pairwise
 from typing import Any, NoReturn, cast
 
+from fabricfn.checkpoint.boxes import flaw
 from fabricfn.checkpoint.manifest import (
     ARRAYS,
     BLOCK,
@@ -121,7 +121,10 @@ def _manifest(text: dict[str, Any]) -> Manifest:
         _invalid("two files have one name")
     leaves: list[Leaf] = []
     for item in _list(text["leaves"], "leaves"):
-        leaves.append(_leaf(item, leaves, len(files)))
+        try:
+            leaves.append(_leaf(item, leaves, len(files)))
+        except Invalid as error:
+            raise Invalid(f"entry {str(item.get('path'))[:80]!r}: {error}") from None
     seen: set[int] = set()
     tree = _node(text["tree"], len(leaves), seen, 0)
     if len(seen) != len(leaves):
@@ -179,7 +182,9 @@ def _leaf(text: dict[str, Any], earlier: Sequence[Leaf], num_files: int) -> Leaf
             _invalid(f"an alias of leaf {alias} is not like it")
         return Leaf(kind=kind, dtype=dtype, shape=shape, host=whole.host, alias=alias)
     pieces = tuple(_piece(item, whole, num_files) for item in _list(text["pieces"], "pieces"))
-    _check_cover(pieces, shape)
+    fault = flaw([piece.box for piece in pieces], shape)
+    if fault:
+        _invalid(fault)
     return Leaf(kind=kind, dtype=dtype, shape=shape, host=whole.host, pieces=pieces)
 
 
@@ -201,23 +206,6 @@ def _piece(text: dict[str, Any], leaf: Leaf, num_files: int) -> Piece:
     if piece.size != array_bytes(leaf.dtype, shape) or len(piece.crc32) != -(-piece.size // BLOCK):
         _invalid("the bytes or the number of checksums of a piece do not follow from its shape")
     return piece
-
-
-def _check_cover(pieces: Sequence[Piece], shape: tuple[int, ...]) -> None:
-    """Each element of the array belongs to exactly one piece: the counts add up, and no two pieces meet."""
-    if not pieces or sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
-        _invalid("the pieces of an array do not have as many elements as the array")
-    filled = sorted((piece for piece in pieces if piece.size), key=lambda piece: piece.offset)
-    cut = [d for d in range(len(shape)) if any(piece.shape[d] != shape[d] for piece in filled)]
-    # For whole arrays, and those cut along one dimension, neighbours are enough.
-    pairs = pairwise(filled) if len(cut) <= 1 else combinations(filled, 2)
-    for a, b in pairs:
-        if all(max(a.offset[d], b.offset[d]) < min(_end(a, d), _end(b, d)) for d in range(len(shape))):
-            _invalid("two pieces of an array overlap")
-
-
-def _end(piece: Piece, dim: int) -> int:
-    return piece.offset[dim] + piece.shape[dim]
 
 
 def _check_sections(leaves: Sequence[Leaf], num_files: int) -> None:
