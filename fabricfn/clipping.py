@@ -1,7 +1,7 @@
 """Clipping gradients, by norm or by value, without waiting for the device."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -172,29 +172,6 @@ def _sharded_norm(records: Sequence[Grads], order: float, world: World) -> torch
     (norms,) = flat.all_gather([own], world.group)
     total: torch.Tensor = _kernels.linalg.vector_norm(norms, order)
     return total
-
-
-def all_finite(grads: Iterable[torch.Tensor | None], world: World) -> torch.Tensor:
-    """Whether every number of all gradients is finite, on every rank: a 0-dim bool tensor on the device.
-
-    Where some gradient is a DTensor, every rank must call it, and all get the same answer by one collective. Whole
-    gradients are the same on every rank, and nothing travels.
-
-    Args:
-        grads: dense tensors; None is left out.
-        world: the ranks.
-    """
-    tensors = [grad for grad in grads if grad is not None]
-    parts = [part for part in map(local_of, tensors) if part.numel()]
-    finite = torch.ones((), dtype=torch.bool, device=world.device)
-    with torch.no_grad():
-        if parts:
-            norms = [norm.to(world.device) for norm in _kernels._foreach_norm(parts, math.inf)]
-            finite = torch.isfinite(torch.stack(norms)).all()
-        if any_sharded(tensors):
-            (found,) = flat.all_gather([finite], world.group)
-            finite = found.all()
-    return finite
 
 
 def _refuse_sparse(records: Sequence[Grads]) -> None:

@@ -22,6 +22,9 @@ STRATEGIES = {
     "ddp, bucket views": ff.strategies.ddp(gradient_as_bucket_view=True),
     "ddp, unused": ff.strategies.ddp(find_unused_parameters=True),
     "ddp, static graph": ff.strategies.ddp(static_graph=True),
+    "fsdp": ff.strategies.fsdp(),
+    "fsdp, one unit": ff.strategies.fsdp(units=None),
+    "fsdp, every layer": ff.strategies.fsdp(units=nn.Linear, reshard_after_forward=False),
 }
 ROWS = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 
@@ -104,7 +107,7 @@ def test_one_step_is_pure_and_leaves_its_inputs(ranks):
         loss, grads = ff.value_and_grad(rt, loss_fn)(model, *batch)
         return loss, grads, ff.optimizer_step(rt, model, opt, grads)
 
-    assert testing.check_purity(step, make, ranks=ranks) == 2 * (1 + 10 + 10)
+    assert testing.check_purity(step, make, ranks=ranks) == 2 * (1 + 10 + 10 + 10)
 
 
 # 5: checkpoints
@@ -121,7 +124,7 @@ def test_checkpoints_between_all_strategies_and_world_sizes(ranks):
         model, opt = ff.optimizer_step(rt, model, opt, grads)
         return {"nets": (model, ema), "opt": opt, "at": ff.Cursor(epoch=3, index=5), "plain": [0.1, 1, True, "x"]}
 
-    assert testing.check_checkpoint(make, ranks=ranks) == 9 * (1 + 10 + 10)
+    assert testing.check_checkpoint(make, ranks=ranks) == 13 * (1 + 10 + 10 + 10)
 
 
 @given(tree=cases.trees())
@@ -170,7 +173,7 @@ def test_collectives_and_to_device_keep_trees(ranks):
 
 
 def test_the_laws_hold_in_processes_too(processes):
-    done = testing.check(loop(), ranks=processes, strategies=("functional", "ddp"), world_sizes=(2,))
+    done = testing.check(loop(), ranks=processes, strategies=("functional", "ddp", "fsdp"), world_sizes=(2,))
     assert set(done) == set(testing.LAWS)
 
 
@@ -178,7 +181,7 @@ def test_dropout_is_pure_and_resumed_in_processes(processes):
     module = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
     train = testing.training_loop(cases.initialised(module, 0), cases.mean_square, problem("mlp")[2])
     laws = ("purity", "donation", "resume")
-    testing.check(train, laws, ranks=processes, strategies=("functional", "ddp"), world_sizes=(2,))
+    testing.check(train, laws, ranks=processes, strategies=("functional", "ddp", "fsdp"), world_sizes=(2,))
 
 
 # A loop of the user's own, and what the door says of it
@@ -198,7 +201,7 @@ def own_loop(rt):
 
 def test_an_own_loop_is_checked_as_far_as_its_keywords_go(ranks):
     done = testing.check(own_loop, ranks=ranks, world_sizes=(1, 2, 3))
-    assert done == {"purity": 26, "equivalence": 13, "checkpoint": 91}
+    assert done == {"purity": 38, "equivalence": 19, "checkpoint": 190}
     with pytest.raises(ff.errors.ConfigurationError, match="does not take donate"):
         testing.check(own_loop, ("donation",), ranks=ranks)
     with pytest.raises(ff.errors.ConfigurationError, match="no law 'speed'; there are purity, equivalence"):

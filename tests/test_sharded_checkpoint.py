@@ -361,6 +361,37 @@ def test_every_strategy_loads_the_model_that_any_other_saved(tmp_path, ranks):
         assert len({value for values in found for value in values}) == 1
 
 
+def stepped(rt):
+    model = ff.setup_model(rt, linear())
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1)
+    _, grads = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())(model, torch.ones(4, 3))
+    return {"model": model, "opt": opt}, dict(
+        zip(("model", "opt"), ff.optimizer_step(rt, model, opt, grads), strict=True)
+    )
+
+
+def test_every_strategy_loads_the_optimizer_that_any_other_saved(tmp_path, ranks):
+    def saved(rt, path):
+        ff.save(rt, path, stepped(rt)[1])
+
+    def loaded(rt, path):
+        whole = ff.load(rt, path)["opt"]
+        found = ff.load(rt, path, stepped(rt)[0])["opt"]
+        assert found.step == whole["step"] == 1
+        for name, slots in found.state.items():
+            assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}
+            for slot, value in slots.items():
+                expected = whole["state"][name][slot]
+                if isinstance(value, DTensor):
+                    expected = distribute_tensor(expected, value.device_mesh, value.placements, src_data_rank=None)
+                assert bits(local(value)) == bits(local(expected))
+
+    for saver, writers in STRATEGIES:
+        ranks.run(saved, tmp_path / "c", world_size=writers, strategy=named(saver))
+        for name, world_size in STRATEGIES:
+            ranks.run(loaded, tmp_path / "c", world_size=world_size, strategy=named(name))
+
+
 def test_parameters_meta_templates_and_filling_in_place(tmp_path, ranks):
     value = filled(torch.float32, (5, 3))
     ranks.run(save_as, tmp_path / "c", ROWS, value)
@@ -624,6 +655,42 @@ def costs(rt, path):
     *found["columns"], loaded = cost(ff.load, rt, path, columns, donate=True)
     assert loaded["w"].to_local()[:, 0].tolist() == [0.0] * (side // 2) + [1.0] * (side // 2)
     return found
+
+
+def resumed(rt, path):
+    """The bytes that a fresh optimizer reads, whose momentum appears with the first step; and two runs to compare."""
+    module = nn.Linear(1 << 11, 1 << 10, bias=False)
+    nn.init.constant_(module.weight, 0.5)
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
+    x = torch.linspace(-1, 1, 1 << 11)[None]
+
+    def fresh():
+        model = ff.setup_model(rt, module)
+        return model, ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1, momentum=0.9, foreach=True)
+
+    def step(model, opt):
+        _, grads = grad_fn(model, x)
+        return ff.optimizer_step(rt, model, opt, grads)
+
+    model, opt = step(*fresh())
+    ff.save(rt, path, {"model": model, "opt": opt})
+    like = dict(zip(("model", "opt"), fresh(), strict=True))
+    assert like["opt"].state == {"weight": {}}
+    found = []
+    for donate in (False, True):
+        _, read, loaded = cost(ff.load, rt, path, like, donate=donate)
+        found.append(read)
+        momentum = loaded["opt"].state["weight"]["momentum_buffer"]
+        assert isinstance(momentum, DTensor)
+        assert torch.equal(momentum.to_local(), opt.state["weight"]["momentum_buffer"].to_local())
+        for ours, theirs in zip(step(model, opt)[0].params.values(), step(**loaded)[0].params.values(), strict=True):
+            assert torch.equal(ours.to_local(), theirs.to_local())
+    return found
+
+
+def test_state_that_a_fresh_optimizer_has_not_yet_is_read_by_parts(tmp_path, pair):
+    for read in pair.run(resumed, tmp_path / "c", strategy=ff.strategies.fsdp()):
+        assert all(8 <= mib < 8.5 for mib in read)  # half of 8 MiB of weights and 8 MiB of momentum
 
 
 def test_a_rank_needs_the_memory_and_the_bytes_of_its_own_part(tmp_path, pair):

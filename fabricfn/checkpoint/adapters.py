@@ -15,6 +15,11 @@ from fabricfn.records import Grads, Model, handed_on
 from fabricfn.states import Optimizer, optimizer_from_tree, optimizer_to_tree
 
 
+def _nowhere(record: Any) -> Mapping[tuple[str | int, ...], Any]:
+    """A record whose parts are all in its fields."""
+    return {}
+
+
 def _nothing(record: Any, where: Place) -> None:
     """A record without a lease: nothing to give away."""
 
@@ -36,6 +41,9 @@ class Adapter:
     """The fields whose structure the checkpoint decides, not the template: state that grows while training."""
     optional: frozenset[str] = frozenset()
     """The fields that one side may lack: then the template stays as it is."""
+    placed: Callable[[Any], Mapping[tuple[str | int, ...], Any]] = _nowhere
+    """record -> {place in it: DTensor}: what a free field does not have yet, and will hold there in that shape, is
+    sharded alike."""
 
 
 def _model_to_tree(model: Model) -> dict[str, Any]:
@@ -73,6 +81,16 @@ def _optimizer_from_tree(like: Optimizer, fields: dict[str, Any], where: Place |
     return optimizer_from_tree(like, fields)
 
 
+def _optimizer_placed(opt: Optimizer) -> dict[tuple[str | int, ...], Any]:
+    """The slots of a parameter that appear with the first step are sharded as the parameter."""
+    plan = opt.plan
+    if plan.likes is None:
+        return {}
+    models: list[tuple[Any, ...]] = [()] if plan.spec is None else list(plan.spec.paths())
+    places = ((*path, name) for path, names in zip(models, plan.names, strict=True) for name in names)
+    return {("state", *at): like for at, like in zip(places, plan.likes, strict=True) if like is not None}
+
+
 def _spend(record: Any, where: Place) -> None:
     record.lease.spend(where)
 
@@ -100,6 +118,7 @@ ADAPTERS: dict[type, Adapter] = {
         from_tree=_optimizer_from_tree,
         claim=_spend,
         free=frozenset({"state", "shared", "hyperparams"}),
+        placed=_optimizer_placed,
     ),
 }
 

@@ -15,6 +15,7 @@ from fabricfn.checkpoint.arrays import identity
 from fabricfn.checkpoint.manifest import Leaf, Manifest, Node, class_of, path_text
 from fabricfn.checkpoint.matching import fits, leaf_of, leaf_text, node_text, unfillable
 from fabricfn.checkpoint.outline import MAPPINGS, Only, Path, leaf_paths, selector
+from fabricfn.checkpoint.placements import hollow_like
 from fabricfn.leases import Place
 
 Tree = Node | int | None
@@ -27,8 +28,10 @@ class Want:
     leaf: int
     """Its number in the manifest."""
     like: Any
-    """The template's leaf; None where there is none."""
+    """The template's leaf, or one that stands for it; None where there is none."""
     path: Path
+    standing_in: bool = False
+    """`like` is not the template's own: nothing can be filled."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +112,10 @@ class _Fitter:
         self.rest: list[tuple[Path, Build]] = []
         self.problems: list[str] = []
         self.claims: list[tuple[Adapter, Any]] = []
+        self.placed: dict[Path, Any] = {}
 
-    def want(self, leaf: int, like: Any, path: Path) -> Build:
-        self.wants.append(Want(leaf=leaf, like=like, path=path))
+    def want(self, leaf: int, like: Any, path: Path, standing_in: bool = False) -> Build:
+        self.wants.append(Want(leaf=leaf, like=like, path=path, standing_in=standing_in))
         return Build(want=len(self.wants) - 1)
 
     def problem(self, path: Path, text: str) -> Build:
@@ -143,6 +147,9 @@ class _Fitter:
     def plain(self, node: Tree, path: Path) -> Build:
         """Dicts, lists, tuples and leaves as the checkpoint has them."""
         if type(node) is int:
+            beside, leaf = self.placed.get(path[:-1]), self.leaves[node]
+            if beside is not None and leaf.kind == "tensor" and leaf.shape == tuple(beside.shape):
+                return self.want(node, hollow_like(beside, leaf.dtype), path, standing_in=True)
             return self.want(node, None, path)
         if node is None:
             return self.problem(path, "only= leaves out an element of this list. Name the whole list")
@@ -201,6 +208,7 @@ class _Fitter:
         if node.name != adapter.tag:
             return self.problem(path, f"the template has a {adapter.tag}, the checkpoint a {node.name}")
         fields = adapter.to_tree(like)
+        self.placed |= {(*path, *place): beside for place, beside in adapter.placed(like).items()}
         children = dict(zip(node.keys, node.children, strict=True))
         found: dict[str, Build] = {}
         for key, item in fields.items():
@@ -254,7 +262,7 @@ class _Fitter:
             if place is not None and filled.setdefault(place, base) != base:
                 self.problem(want.path, "the template has one tensor at two places, the checkpoint two; clone it")
             text = unfillable(want.like)
-            if text:
+            if text and not want.standing_in:
                 self.problem(want.path, f"donate=True cannot fill {text}")
 
 

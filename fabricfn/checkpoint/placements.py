@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fabricfn.checkpoint.boxes import Box, whole
-from fabricfn.sharding import is_sharded, local_of
+from fabricfn.sharding import is_sharded, local_of, with_local
 
 Run = tuple[int, int]
 """Where a stretch of one dimension begins and how long it is."""
@@ -72,6 +72,11 @@ def narrowed(tensor: torch.Tensor, box: Box) -> torch.Tensor:
         if length != tensor.shape[dim]:
             tensor = tensor.narrow(dim, begin, length)
     return tensor
+
+
+def hollow_like(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """A DTensor of the same shape and placement and of another dtype, without memory."""
+    return with_local(tensor, torch.empty_like(local_of(tensor), dtype=getattr(torch, dtype), device="meta"))
 
 
 def layout_of(tensor: torch.Tensor) -> Hashable | None:

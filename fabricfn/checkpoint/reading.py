@@ -13,7 +13,8 @@ from fabricfn.checkpoint.manifest import BLOCK, Leaf
 from fabricfn.checkpoint.opening import PieceReader, Source
 from fabricfn.checkpoint.placements import Part, local_tensor, narrowed, parts_of
 from fabricfn.errors import CheckpointError
-from fabricfn.sharding import is_sharded, with_local
+from fabricfn.leases import bump
+from fabricfn.sharding import with_local
 
 
 def needed_bytes(leaf: Leaf, like: Any) -> int:
@@ -61,27 +62,20 @@ def _read_like(
         plain = values.device.type == "cpu" and not values.is_conj() and not values.is_neg()
         if fill and plain and values.is_contiguous():
             read_parts(source, leaf, values, parts, what)
-            _touch(like, values)
+            if not values.is_inference():
+                bump([like])
             return like
         into = torch.empty_like(values, device="cpu")
         read_parts(source, leaf, into, parts, what)
         if fill:
             values.copy_(into)
-            _touch(like, values)
+            if not values.is_inference():
+                bump([like])
             return like
         loaded = with_local(like, into.to(device if values.is_meta else values.device))
         if isinstance(like, torch.nn.Parameter):
             return torch.nn.Parameter(loaded, requires_grad=like.requires_grad)
         return loaded.requires_grad_(like.requires_grad)
-
-
-def _touch(like: torch.Tensor, values: torch.Tensor) -> None:
-    """Let open graphs and leases see that the memory was overwritten; a DTensor and its part count versions apart."""
-    if values.is_inference():
-        return
-    torch.autograd.graph.increment_version(values)
-    if is_sharded(like):
-        torch.autograd.graph.increment_version(like)
 
 
 def read_parts(source: Source, leaf: Leaf, into: torch.Tensor, parts: Sequence[Part], what: str) -> None:

@@ -28,6 +28,7 @@ NAMES: dict[str, Callable[[], Strategy]] = {
     "single": single,
     "ddp": ddp,
     "functional": functional,
+    "fsdp": _fsdp,
 }
 
 

@@ -74,7 +74,7 @@ def fsdp(
             "ignored_params": {slot for slot in net.parameters() if slot.dim() == 0},
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=gather,
-                reduce_dtype=None if gather is None else precision.param_dtype,
+                reduce_dtype=precision.reduce_dtype or (None if gather is None else precision.param_dtype),
                 cast_forward_inputs=False,
             ),
         }

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fabricfn.sharding import whole
 from fabricfn.tree import Tree, path_name, tree_flatten, tree_leaves, tree_map, tree_paths
 
 
@@ -22,12 +23,12 @@ class Difference:
 
 
 def snapshot(tree: Tree) -> Tree:
-    """The tree with copies of its tensors."""
+    """The tree with copies of its tensors, sharded ones whole: then every rank must call it."""
     return tree_map(_copy, tree)
 
 
 def _copy(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+    return whole(leaf.detach()) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def difference(found: Tree, expected: Tree, tolerance: float = 0.0) -> Difference | None:

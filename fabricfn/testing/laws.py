@@ -22,6 +22,7 @@ import torch
 
 from fabricfn.checkpoint import load, save
 from fabricfn.runtimes import Runtime
+from fabricfn.sharding import local_of
 from fabricfn.testing.bench import Settings, open_bench, require_options
 from fabricfn.testing.comparing import Difference, difference, require, snapshot
 from fabricfn.testing.loops import Train
@@ -70,8 +71,8 @@ def _twice(rt: Runtime, fn: Train, make: Any) -> tuple[Tree, Tree, Difference | 
     args = () if make is None else make(rt)
     before = snapshot(args)
     first = snapshot(fn(rt, *args))
-    second = fn(rt, *args)
-    return first, second, difference(args, before)
+    second = snapshot(fn(rt, *args))
+    return first, second, difference(snapshot(args), before)
 
 
 def check_equivalence(
@@ -191,13 +192,13 @@ def _save(rt: Runtime, make: Train, path: str) -> Tree:
 
 
 def _load(rt: Runtime, make: Train, path: str) -> Tree:
-    return load(rt, path, like=tree_map(_other, make(rt)))
+    return snapshot(load(rt, path, like=tree_map(_other, make(rt))))
 
 
 def _other(leaf: Any) -> Any:
     """A leaf of the same kind with other values, so that a load that reads nothing is found out."""
     if isinstance(leaf, torch.Tensor):
-        return torch.zeros_like(leaf) if bool(leaf.any()) else torch.ones_like(leaf)
+        return torch.zeros_like(leaf) if bool(local_of(leaf).any()) else torch.ones_like(leaf)
     return type(leaf)(not leaf) if isinstance(leaf, bool | int | float) else leaf
 
 

@@ -17,6 +17,7 @@ from fabricfn.modes import eval_mode
 from fabricfn.optimizers import optimizer_step, setup_optimizer
 from fabricfn.random import fold_in, key
 from fabricfn.runtimes import Runtime
+from fabricfn.sharding import whole
 from fabricfn.tree import Tree, tree_leaves, tree_map
 
 Train = Callable[..., Tree]
@@ -69,7 +70,7 @@ def training_loop(
         >>> sorted(run(train, world_size=2)[1])
         ['buffers', 'loss', 'optimizer', 'params']
     """
-    whole = module if isinstance(module, nn.Module) else module()
+    net = module if isinstance(module, nn.Module) else module()
     args = cast("tuple[Any, ...]", data if isinstance(data, tuple) else (data,))
     size = len(tree_leaves(args)[0])
     options = hyperparams or {"lr": 0.1}
@@ -91,7 +92,7 @@ def training_loop(
         folder: str | None = None,
         stop: int | None = None,
     ) -> Tree:
-        model = setup_model(rt, whole)
+        model = setup_model(rt, net)
         opt = setup_optimizer(rt, model, optimizer, **options)
         grad_fn = accumulate(rt, weighted_loss, weighted=True, buffers=buffers)
         path = None if folder is None else os.path.join(folder, "last")
@@ -109,7 +110,7 @@ def training_loop(
         return {
             "params": gather_params(rt, model),
             "buffers": dict(model.buffers),
-            "optimizer": tree_leaves(opt),
+            "optimizer": [whole(leaf) for leaf in tree_leaves(opt)],
             "loss": value(rt, weighted_loss, weighted=True)(eval_mode(model), *mine),
         }
 
