@@ -1,0 +1,222 @@
+"""Gradients of several micro-batches in one fixed binary tree: the same bits, however many ranks share the work.
+
+[Note: canonical] The gradients of each micro-batch are computed apart and never meet the strategy's own reduction.
+Micro-batch i of the global batch is leaf i of [Note: one tree], whichever rank computes it; loss and weight are summed
+in the same tree, in float64; division comes last. What could make a rank's arithmetic depend on its other
+micro-batches is kept out: every micro-batch starts from the model's own buffers and has a random key of its own.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+
+from fabricfn import flat
+from fabricfn.engine import Frame, require_all
+from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
+from fabricfn.ledgers import IMPOSSIBLE, Entry, Ledger, add_leaf, open_ledger
+from fabricfn.losses import Buffers, Job, Sums
+from fabricfn.random import Key, fold_in, seeded
+from fabricfn.records import Model
+from fabricfn.runs import Microbatch, abandon, as_args, demand_grad, differentiate, flatten_models, run_one
+from fabricfn.runtimes import Runtime
+from fabricfn.world import World
+
+
+def differentiate_in_tree(
+    rt: Runtime, job: Job, models: Any, microbatches: Iterable[Any], rng: Key | None
+) -> tuple[torch.Tensor, list[Any] | None, Any]:
+    """(loss, aux of this rank's micro-batches, grads); see [Note: canonical]. Every rank must call it."""
+    items = list(microbatches)
+    counts = counted(len(items), rt.world)
+    if 0 in counts:
+        raise ConfigurationError(
+            "accumulate got no micro-batch; every rank needs at least one, and the ranks have"
+            f" {counts} (rank {rt.rank}). Use fewer ranks, smaller micro-batches, or leave out the end of the epoch:"
+            ' ff.setup_dataloader(rt, loader, tail="drop").'
+        )
+    leaves = [models] if type(models) is Model else flatten_models(models)[0]
+    passes = functools.partial(through, models=leaves, buffers=job.buffers, counts=counts)
+    key = None if rng is None else (rng, sum(counts[: rt.rank]))
+    apart: list[Microbatch] = [(as_args(item), {}, False) for item in items]
+    # the buffers that come out are equal on all ranks already
+    return differentiate(rt, dataclasses.replace(job, buffers="local"), models, apart, key, passes)
+
+
+def counted(count: int, world: World) -> list[int]:
+    """How many micro-batches each rank has."""
+    (found,) = flat.all_gather([torch.tensor(count, device=world.device)], world.group)
+    return cast("list[int]", found.tolist())
+
+
+def through(
+    rt: Runtime,
+    job: Job,
+    frames: list[Frame],
+    spec: Any,
+    microbatches: Iterable[Microbatch],
+    rng: tuple[Key, int] | None,
+    *,
+    models: Sequence[Model],
+    buffers: Buffers,
+    counts: Sequence[int],
+) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
+    """Forward and backward of each micro-batch apart, then the tree: (loss, aux, gradients)."""
+    ledger = open_ledger(frames, models)
+    first = sum(counts[: rt.rank])
+    grad_enabled = torch.is_grad_enabled()
+    try:
+        if not grad_enabled:
+            demand_grad()
+        for place, (args, kwargs, _) in enumerate(microbatches, first):
+            sums = Sums(aux=ledger.aux)
+            with contextlib.nullcontext() if rng is None else seeded(fold_in(rng[0], place), rt.device):
+                run_one(rt, job, frames, spec, args, kwargs, False, 1.0, sums)
+            ledger.losses.append(sums.loss)
+            ledger.weights.append(sums.weight)
+            ledger.aux = sums.aux
+            add_leaf(ledger, place, rt.strategy.local_gradients(frames), frames, models)
+        loss, taken = settle(rt.world, job, ledger, frames, buffers, counts)
+    except BaseException:
+        for frame in frames:
+            abandon(frame)
+        raise
+    finally:
+        if not grad_enabled:
+            torch.set_grad_enabled(False)
+    return loss, ledger.aux, taken
+
+
+def settle(
+    world: World, job: Job, ledger: Ledger, frames: Sequence[Frame], buffers: Buffers, counts: Sequence[int]
+) -> tuple[torch.Tensor, list[list[torch.Tensor | None]]]:
+    """(the loss, the gradients of each frame): means over all micro-batches of all ranks.
+
+    The new buffers are put into the nets. What one rank cannot do all ranks learn first, and all raise the same error.
+    """
+    marks, losses, weights = told(ledger, world, counts)
+    count = len(losses)
+    divisor = total(weights) if job.weighted else float(count)
+    refuse(ledger, marks, buffers)
+    if divisor == 0:
+        raise GradientError("the weights of all ranks sum to zero, so the weighted mean does not exist.")
+    chosen = [place for place in range(len(ledger.summed)) if marks[place]]
+    taken: list[list[torch.Tensor | None]] = [[None] * len(frame.slots) for frame in frames]
+    if not job.allow_unused:
+        for place in chosen:
+            entry = ledger.summed[place]
+            if entry.slot is not None:
+                taken[entry.frame][entry.slot] = entry.like
+        require_all(frames, taken)
+    stack = [(block, [tensors[place] for place in chosen]) for block, tensors in ledger.stack]
+    ledger.stack.clear()
+    sums = flat.sum_in_tree(stack, counts, world.group)
+    found = [(ledger.summed[place], value) for place, value in zip(chosen, sums, strict=True)]
+    divide([value for entry, value in found if entry.slot is not None], divisor)
+    divide([value for entry, value in found if entry.slot is None], count)
+    for entry, value in found:
+        # the layout too is the same on every world: norms add up in the order of the memory
+        mean = value.to(entry.like.dtype).contiguous()
+        if entry.slot is not None:
+            taken[entry.frame][entry.slot] = mean
+        else:
+            hang(frames[entry.frame], entry.name, mean)
+    for entry, value in zip(*agreed(ledger, marks, world), strict=True):
+        hang(frames[entry.frame], entry.name, value)
+    dtype = ledger.losses[0].dtype
+    return torch.tensor(total(losses) / divisor, dtype=dtype, device=world.device), taken
+
+
+def divide(values: list[torch.Tensor], number: float) -> None:
+    """In place; the memory is ours."""
+    if values:
+        torch._foreach_div_(values, number)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def told(ledger: Ledger, world: World, counts: Sequence[int]) -> tuple[list[int], list[float], list[float]]:
+    """(marks, losses, weights) of all micro-batches of all ranks."""
+    losses, weights = as_floats(ledger.losses, world), as_floats(ledger.weights, world)
+    if world.group is None:
+        return ledger.marks, losses, weights
+    padding = [0.0] * (max(counts) - len(losses))
+    mine = torch.tensor([*ledger.marks, *losses, *padding, *weights], dtype=torch.float64, device=world.device)
+    mine = torch.cat([mine, mine.new_zeros(len(padding))])
+    (found,) = flat.all_gather([mine], world.group)
+    rows = cast("list[list[float]]", found.tolist())
+    end, most = len(ledger.marks), max(counts)
+    marks = [int(max(column)) for column in zip(*[row[:end] for row in rows], strict=True)]
+    ranks = list(zip(rows, counts, strict=True))
+    losses = [loss for row, count in ranks for loss in row[end : end + count]]
+    return marks, losses, [weight for row, count in ranks for weight in row[end + most : end + most + count]]
+
+
+def as_floats(values: Sequence[Any], world: World) -> list[float]:
+    """Numbers and scalar tensors as Python floats, waiting for the device once."""
+    dtype = torch.float32 if world.device.type == "mps" else torch.float64
+    tensors = [value.detach().to(world.device, dtype) for value in values if isinstance(value, torch.Tensor)]
+    found = iter(cast("list[float]", torch.stack(tensors).tolist()) if tensors else ())
+    return [next(found) if isinstance(value, torch.Tensor) else float(value) for value in values]
+
+
+def total(numbers: Sequence[float]) -> float:
+    """Their sum in the tree."""
+    stack: flat.Stack[float] = []
+    for place, number in enumerate(numbers):
+        flat.push(stack, (place, 1), number, operator.add)
+    return flat.fold(stack, operator.add)
+
+
+def refuse(ledger: Ledger, marks: Sequence[int], buffers: Buffers) -> None:
+    """Raise `CapabilityError` for what has no sum, and for buffers that nobody said what to do with."""
+    entries = list(zip((*ledger.summed, *ledger.equal), marks, strict=True))
+    changed = [entry.name for entry, mark in entries if mark and entry.slot is None]
+    if changed and buffers != "mean":
+        raise CapabilityError(
+            f'reduce="canonical" gives the same bits on any number of ranks, but the forward pass changed the buffers'
+            f" {shown(changed)}, and buffers={buffers!r} takes what one rank makes of them in the order of its own"
+            ' micro-batches. Write accumulate(..., reduce="canonical", buffers="mean"), where every micro-batch starts'
+            " from the model's buffers and their mean comes out; or use GroupNorm or LayerNorm; or ff.eval_mode(model)."
+        )
+    if sparse := [entry.name for entry, mark in entries if mark >= IMPOSSIBLE and entry.slot is not None]:
+        raise CapabilityError(
+            f'reduce="canonical" adds up dense gradients, but those of {shown(sparse)} are sparse. Build the module'
+            ' with sparse=False, or write accumulate(..., reduce="mean").'
+        )
+    if different := [entry.name for entry, mark in entries if mark >= IMPOSSIBLE]:
+        raise unequal(different)
+
+
+def unequal(names: Sequence[str]) -> CapabilityError:
+    """The error for buffers without a mean that the micro-batches changed in different ways."""
+    return CapabilityError(
+        f"the buffers {shown(names)} hold no floating numbers, so they have no mean, and the micro-batches changed them"
+        ' in different ways. Under reduce="canonical" they must come out equal from every micro-batch: count outside'
+        " of the loss function, or register them with persistent=False."
+    )
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first few names."""
+    return f"{', '.join(names[:8])}{', ...' if names[8:] else ''}"
+
+
+def agreed(ledger: Ledger, marks: Sequence[int], world: World) -> tuple[list[Entry], list[torch.Tensor]]:
+    """The changed buffers that have no mean, once they are known to be equal on all ranks."""
+    chosen = [index for index in range(len(ledger.equal)) if marks[len(ledger.summed) + index]]
+    entries = [ledger.equal[index] for index in chosen]
+    values = [ledger.values[index] for index in chosen]
+    rows = flat.all_gather(values, world.group)
+    same = [torch.equal(of_ranks, of_ranks[:1].expand_as(of_ranks)) for of_ranks in rows]
+    if different := [entry.name for entry, one in zip(entries, same, strict=True) if not one]:
+        raise unequal(different)
+    return entries, values
+
+
+def hang(frame: Frame, name: str, value: torch.Tensor) -> None:
+    """Put a buffer into the net, where the end of the run finds it."""
+    for buffers, key in frame.places[name]:
+        buffers[key] = value
