@@ -48,9 +48,22 @@ def differentiate_in_tree(
 
 
 def counted(count: int, world: World) -> list[int]:
-    """How many micro-batches each rank has."""
-    (found,) = flat.all_gather([torch.tensor(count, device=world.device)], world.group)
-    return cast("list[int]", found.tolist())
+    """How many micro-batches each rank has, once it is known that all ranks compute alike.
+
+    The number of threads decides in which order torch adds up inside of an operation on the CPU (measured).
+    """
+    if world.group is None:
+        return [count]
+    threads = torch.get_num_threads() if world.device.type == "cpu" else 0
+    (found,) = flat.all_gather([torch.tensor([count, threads], device=world.device)], world.group)
+    counts, numbers = cast("list[list[int]]", found.T.tolist())
+    if min(numbers) != max(numbers):
+        raise ConfigurationError(
+            'reduce="canonical" needs ranks that compute alike, but they use different numbers of threads, by rank'
+            f" {numbers} (rank {world.rank}), and torch's sums depend on it. Write torch.set_num_threads(1) on each"
+            " rank before the first step; and the same number in every run whose bits are to be the same."
+        )
+    return counts
 
 
 def through(

@@ -548,6 +548,21 @@ def test_a_rank_without_micro_batches_is_an_error_on_every_rank(ranks, real):
     assert real.run(empty_somewhere, world_size=2, precision=64) == [1, 1]
 
 
+def other_threads(rt):
+    torch.set_num_threads(1 + rt.rank)
+    try:
+        with pytest.raises(ff.ConfigurationError, match=r"threads, by rank \[1, 2\] .*torch.set_num_threads\(1\)"):
+            ff.accumulate(rt, mean_square, reduce="canonical")(ff.setup_model(rt, small()), [batch()])
+    finally:
+        torch.set_num_threads(1)
+    return True
+
+
+def test_ranks_with_different_numbers_of_threads_are_refused(real):
+    """Inside of an operation, torch adds up in another order then."""
+    assert real.run(other_threads, world_size=2, precision=64) == [True, True]
+
+
 def unused_somewhere(rt):
     """Layer 2 is used by one micro-batch of the last rank only, or by none."""
     model = ff.setup_model(rt, small())
