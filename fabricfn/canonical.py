@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from fabricfn import flat
 from fabricfn.engine import Frame, require_all
@@ -79,7 +80,7 @@ def through(
     counts: Sequence[int],
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of each micro-batch apart, then the tree: (loss, aux, gradients)."""
-    ledger = open_ledger(frames, models)
+    ledger = open_ledger(frames, models, averaged=buffers == "mean")
     first = sum(counts[: rt.rank])
     grad_enabled = torch.is_grad_enabled()
     try:
@@ -111,7 +112,9 @@ def settle(
 
     The new buffers are put into the nets. What one rank cannot do all ranks learn first, and all raise the same error.
     """
-    marks, losses, weights = told(ledger, world, counts)
+    words = None if world.group is None else flat.gathering(words_of(ledger, world, counts), world.group)
+    sums = flat.sum_in_tree(ledger.stack, counts, world.group)
+    marks, losses, weights = told(ledger, world, counts, words)
     count = len(losses)
     divisor = total(weights) if job.weighted else float(count)
     refuse(ledger, marks, buffers)
@@ -125,10 +128,7 @@ def settle(
             if entry.slot is not None:
                 taken[entry.frame][entry.slot] = entry.like
         require_all(frames, taken)
-    stack = [(block, [tensors[place] for place in chosen]) for block, tensors in ledger.stack]
-    ledger.stack.clear()
-    sums = flat.sum_in_tree(stack, counts, world.group)
-    found = [(ledger.summed[place], value) for place, value in zip(chosen, sums, strict=True)]
+    found = [(ledger.summed[place], sums[place]) for place in chosen]
     divide([value for entry, value in found if entry.slot is not None], divisor)
     divide([value for entry, value in found if entry.slot is None], count)
     for entry, value in found:
@@ -150,15 +150,21 @@ def divide(values: list[torch.Tensor], number: float) -> None:
         torch._foreach_div_(values, number)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def told(ledger: Ledger, world: World, counts: Sequence[int]) -> tuple[list[int], list[float], list[float]]:
+def words_of(ledger: Ledger, world: World, counts: Sequence[int]) -> torch.Tensor:
+    """What the others must know: marks, losses, weights, as many on every rank."""
+    padding = [0.0] * (max(counts) - len(ledger.losses))
+    numbers = [*ledger.marks, *as_floats(ledger.losses, world), *padding, *as_floats(ledger.weights, world), *padding]
+    return torch.tensor(numbers, dtype=torch.float64, device=world.device)
+
+
+def told(
+    ledger: Ledger, world: World, counts: Sequence[int], words: tuple[torch.Tensor, dist.Work] | None
+) -> tuple[list[int], list[float], list[float]]:
     """(marks, losses, weights) of all micro-batches of all ranks."""
-    losses, weights = as_floats(ledger.losses, world), as_floats(ledger.weights, world)
-    if world.group is None:
-        return ledger.marks, losses, weights
-    padding = [0.0] * (max(counts) - len(losses))
-    mine = torch.tensor([*ledger.marks, *losses, *padding, *weights], dtype=torch.float64, device=world.device)
-    mine = torch.cat([mine, mine.new_zeros(len(padding))])
-    (found,) = flat.all_gather([mine], world.group)
+    if words is None:
+        return ledger.marks, as_floats(ledger.losses, world), as_floats(ledger.weights, world)
+    found, work = words
+    work.wait()
     rows = cast("list[list[float]]", found.tolist())
     end, most = len(ledger.marks), max(counts)
     marks = [int(max(column)) for column in zip(*[row[:end] for row in rows], strict=True)]

@@ -26,11 +26,6 @@ class Entry:
     like: torch.Tensor
     """The parameter or the model's buffer: its dtype and shape."""
 
-    @property
-    def summed(self) -> bool:
-        """Whether it has a mean. The others (counters) must come out equal from every micro-batch."""
-        return self.like.is_floating_point() or self.like.is_complex()
-
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Ledger:
@@ -38,6 +33,7 @@ class Ledger:
 
     summed: list[Entry]
     equal: list[Entry]
+    """What has no mean (a counter), or gets none: it must come out equal from every micro-batch."""
     marks: list[int]
     """For the entries of `summed`, then of `equal`: ABSENT, PRESENT or IMPOSSIBLE."""
     stack: flat.Stack[list[torch.Tensor]] = dataclasses.field(default_factory=list[Any])
@@ -49,8 +45,14 @@ class Ledger:
     aux: list[Any] | None = None
 
 
-def open_ledger(frames: Sequence[Frame], models: Sequence[Model]) -> Ledger:
-    """Nothing yet, for every trainable parameter and every persistent buffer."""
+def open_ledger(frames: Sequence[Frame], models: Sequence[Model], *, averaged: bool) -> Ledger:
+    """Nothing yet, for every trainable parameter and every persistent buffer.
+
+    Args:
+        frames: of the models.
+        models: with the buffers that every micro-batch starts from.
+        averaged: whether floating buffers are summed.
+    """
     entries = [
         Entry(frame=number, name=name, slot=index, like=slot)
         for number, frame in enumerate(frames)
@@ -59,8 +61,10 @@ def open_ledger(frames: Sequence[Frame], models: Sequence[Model]) -> Ledger:
     ]
     for number, model in enumerate(models):
         entries += [Entry(frame=number, name=name, slot=None, like=value) for name, value in model.buffers.items()]
-    summed = [entry for entry in entries if entry.summed]
-    equal = [entry for entry in entries if not entry.summed]
+    floating = [entry.like.is_floating_point() or entry.like.is_complex() for entry in entries]
+    means = [entry.slot is not None or (averaged and one) for entry, one in zip(entries, floating, strict=True)]
+    summed = [entry for entry, one in zip(entries, means, strict=True) if one]
+    equal = [entry for entry, one in zip(entries, means, strict=True) if not one]
     return Ledger(summed=summed, equal=equal, marks=[ABSENT] * len(entries))
 
 

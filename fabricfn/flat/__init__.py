@@ -27,4 +27,4 @@ from fabricfn.flat.reducing import (
     all_reduce_mean as all_reduce_mean,
     reduce_scatter as reduce_scatter,
 )
-from fabricfn.flat.wire import HALVES as HALVES, Group as Group
+from fabricfn.flat.wire import HALVES as HALVES, Group as Group, gathering as gathering
