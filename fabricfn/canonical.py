@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
 from fabricfn import flat
 from fabricfn.engine import Frame, require_all
@@ -27,44 +26,21 @@ from fabricfn.runs import Microbatch, abandon, as_args, demand_grad, differentia
 from fabricfn.runtimes import Runtime
 from fabricfn.world import World
 
+MOST = 64
+"""The most partial sums of so many micro-batches as fit into memory: twice their logarithm."""
+
 
 def differentiate_in_tree(
     rt: Runtime, job: Job, models: Any, microbatches: Iterable[Any], rng: Key | None
 ) -> tuple[torch.Tensor, list[Any] | None, Any]:
     """(loss, aux of this rank's micro-batches, grads); see [Note: canonical]. Every rank must call it."""
     items = list(microbatches)
-    counts = counted(len(items), rt.world)
-    if 0 in counts:
-        raise ConfigurationError(
-            "accumulate got no micro-batch; every rank needs at least one, and the ranks have"
-            f" {counts} (rank {rt.rank}). Use fewer ranks, smaller micro-batches, or leave out the end of the epoch:"
-            ' ff.setup_dataloader(rt, loader, tail="drop").'
-        )
     leaves = [models] if type(models) is Model else flatten_models(models)[0]
-    passes = functools.partial(through, models=leaves, buffers=job.buffers, counts=counts)
-    key = None if rng is None else (rng, sum(counts[: rt.rank]))
+    passes = functools.partial(through, models=leaves, buffers=job.buffers, count=len(items))
+    key = None if rng is None else (rng, rt.rank * len(items))
     apart: list[Microbatch] = [(as_args(item), {}, False) for item in items]
     # the buffers that come out are equal on all ranks already
     return differentiate(rt, dataclasses.replace(job, buffers="local"), models, apart, key, passes)
-
-
-def counted(count: int, world: World) -> list[int]:
-    """How many micro-batches each rank has, once it is known that all ranks compute alike.
-
-    The number of threads decides in which order torch adds up inside of an operation on the CPU (measured).
-    """
-    if world.group is None:
-        return [count]
-    threads = torch.get_num_threads() if world.device.type == "cpu" else 0
-    (found,) = flat.all_gather([torch.tensor([count, threads], device=world.device)], world.group)
-    counts, numbers = cast("list[list[int]]", found.T.tolist())
-    if min(numbers) != max(numbers):
-        raise ConfigurationError(
-            'reduce="canonical" needs ranks that compute alike, but they use different numbers of threads, by rank'
-            f" {numbers} (rank {world.rank}), and torch's sums depend on it. Write torch.set_num_threads(1) on each"
-            " rank before the first step; and the same number in every run whose bits are to be the same."
-        )
-    return counts
 
 
 def through(
@@ -77,16 +53,15 @@ def through(
     *,
     models: Sequence[Model],
     buffers: Buffers,
-    counts: Sequence[int],
+    count: int,
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of each micro-batch apart, then the tree: (loss, aux, gradients)."""
     ledger = open_ledger(frames, models, averaged=buffers == "mean")
-    first = sum(counts[: rt.rank])
     grad_enabled = torch.is_grad_enabled()
     try:
         if not grad_enabled:
             demand_grad()
-        for place, (args, kwargs, _) in enumerate(microbatches, first):
+        for place, (args, kwargs, _) in enumerate(microbatches, rt.rank * count):
             sums = Sums(aux=ledger.aux)
             with contextlib.nullcontext() if rng is None else seeded(fold_in(rng[0], place), rt.device):
                 run_one(rt, job, frames, spec, args, kwargs, False, 1.0, sums)
@@ -94,7 +69,7 @@ def through(
             ledger.weights.append(sums.weight)
             ledger.aux = sums.aux
             add_leaf(ledger, place, rt.strategy.local_gradients(frames), frames, models)
-        loss, taken = settle(rt.world, job, ledger, frames, buffers, counts)
+        loss, taken = settle(rt.world, job, ledger, frames, buffers, count)
     except BaseException:
         for frame in frames:
             abandon(frame)
@@ -106,17 +81,15 @@ def through(
 
 
 def settle(
-    world: World, job: Job, ledger: Ledger, frames: Sequence[Frame], buffers: Buffers, counts: Sequence[int]
+    world: World, job: Job, ledger: Ledger, frames: Sequence[Frame], buffers: Buffers, count: int
 ) -> tuple[torch.Tensor, list[list[torch.Tensor | None]]]:
     """(the loss, the gradients of each frame): means over all micro-batches of all ranks.
 
     The new buffers are put into the nets. What one rank cannot do all ranks learn first, and all raise the same error.
     """
-    words = None if world.group is None else flat.gathering(words_of(ledger, world, counts), world.group)
-    sums = flat.sum_in_tree(ledger.stack, counts, world.group)
-    marks, losses, weights = told(ledger, world, counts, words)
-    count = len(losses)
-    divisor = total(weights) if job.weighted else float(count)
+    marks, loss, weight = told(ledger, world, count)
+    number = count * world.world_size
+    divisor = weight if job.weighted else float(number)
     refuse(ledger, marks, buffers)
     if divisor == 0:
         raise GradientError("the weights of all ranks sum to zero, so the weighted mean does not exist.")
@@ -128,9 +101,12 @@ def settle(
             if entry.slot is not None:
                 taken[entry.frame][entry.slot] = entry.like
         require_all(frames, taken)
-    found = [(ledger.summed[place], sums[place]) for place in chosen]
+    stack = [(block, [tensors[place] for place in chosen]) for block, tensors in ledger.stack]
+    ledger.stack.clear()
+    sums = flat.sum_in_tree(stack, count, world.group)
+    found = [(ledger.summed[place], value) for place, value in zip(chosen, sums, strict=True)]
     divide([value for entry, value in found if entry.slot is not None], divisor)
-    divide([value for entry, value in found if entry.slot is None], count)
+    divide([value for entry, value in found if entry.slot is None], number)
     for entry, value in found:
         # the layout too is the same on every world: norms add up in the order of the memory
         mean = value.to(entry.like.dtype).contiguous()
@@ -141,7 +117,7 @@ def settle(
     for entry, value in zip(*agreed(ledger, marks, world), strict=True):
         hang(frames[entry.frame], entry.name, value)
     dtype = ledger.losses[0].dtype
-    return torch.tensor(total(losses) / divisor, dtype=dtype, device=world.device), taken
+    return torch.tensor(loss / divisor, dtype=dtype, device=world.device), taken
 
 
 def divide(values: list[torch.Tensor], number: float) -> None:
@@ -150,27 +126,66 @@ def divide(values: list[torch.Tensor], number: float) -> None:
         torch._foreach_div_(values, number)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def words_of(ledger: Ledger, world: World, counts: Sequence[int]) -> torch.Tensor:
-    """What the others must know: marks, losses, weights, as many on every rank."""
-    padding = [0.0] * (max(counts) - len(ledger.losses))
-    numbers = [*ledger.marks, *as_floats(ledger.losses, world), *padding, *as_floats(ledger.weights, world), *padding]
-    return torch.tensor(numbers, dtype=torch.float64, device=world.device)
+def told(ledger: Ledger, world: World, count: int) -> tuple[list[int], float, float]:
+    """(marks, loss, weight) of all micro-batches of all ranks, once it is known that the ranks do the same.
+
+    This is the one thing that the ranks tell one another, and it is as long on every rank, so nothing hangs.
+    """
+    columns = [partial_sums(as_floats(column, world), world.rank * count) for column in (ledger.losses, ledger.weights)]
+    if world.group is None:
+        check_alike([count], [0], world)
+        loss, weight = (flat.fold(column, operator.add) for column in columns)
+        return ledger.marks, loss, weight
+    threads = torch.get_num_threads() if world.device.type == "cpu" else 0
+    values = [value for column in columns for value in ([one for _, one in column] + [0.0] * MOST)[:MOST]]
+    row = torch.tensor([count, threads, *ledger.marks, *values], dtype=torch.float64, device=world.device)
+    rows = cast("list[list[float]]", flat.all_gather([row], world.group)[0].tolist())
+    check_alike([int(row[0]) for row in rows], [int(row[1]) for row in rows], world)
+    end = 2 + len(ledger.marks)
+    marks = [int(max(column)) for column in zip(*[row[2:end] for row in rows], strict=True)]
+    loss, weight = (total([row[start : start + MOST] for row in rows], count) for start in (end, end + MOST))
+    return marks, loss, weight
 
 
-def told(
-    ledger: Ledger, world: World, counts: Sequence[int], words: tuple[torch.Tensor, dist.Work] | None
-) -> tuple[list[int], list[float], list[float]]:
-    """(marks, losses, weights) of all micro-batches of all ranks."""
-    if words is None:
-        return ledger.marks, as_floats(ledger.losses, world), as_floats(ledger.weights, world)
-    found, work = words
-    work.wait()
-    rows = cast("list[list[float]]", found.tolist())
-    end, most = len(ledger.marks), max(counts)
-    marks = [int(max(column)) for column in zip(*[row[:end] for row in rows], strict=True)]
-    ranks = list(zip(rows, counts, strict=True))
-    losses = [loss for row, count in ranks for loss in row[end : end + count]]
-    return marks, losses, [weight for row, count in ranks for weight in row[end + most : end + most + count]]
+def partial_sums(numbers: Sequence[float], first: int) -> flat.Stack[float]:
+    """The sums of the blocks among the leaves from `first` on."""
+    stack: flat.Stack[float] = []
+    for place, number in enumerate(numbers, first):
+        flat.push(stack, (place, 1), number, operator.add)
+    return stack
+
+
+def total(rows: Sequence[Sequence[float]], count: int) -> float:
+    """The end of the tree: `rows` holds the partial sums of each rank."""
+    stack: flat.Stack[float] = []
+    for rank, row in enumerate(rows):
+        for block, number in zip(flat.blocks_of(rank * count, count), row, strict=False):
+            flat.push(stack, block, number, operator.add)
+    return flat.fold(stack, operator.add)
+
+
+def check_alike(counts: list[int], threads: list[int], world: World) -> None:
+    """Raise `ConfigurationError` unless all ranks have as many micro-batches, and as many threads.
+
+    The number of threads decides in which order torch adds up inside of an operation on the CPU (measured).
+    """
+    if 0 in counts:
+        raise ConfigurationError(
+            f"accumulate got no micro-batch; every rank needs at least one, but by rank there are {counts} (rank"
+            f" {world.rank}). Use fewer ranks or smaller micro-batches."
+        )
+    if min(counts) != max(counts):
+        raise ConfigurationError(
+            f'reduce="canonical" needs the same number of micro-batches on every rank, but by rank there are {counts}'
+            f" (rank {world.rank}). Cut the global batch into a number that {world.world_size} divides, and leave out"
+            ' the end of an epoch: ff.setup_dataloader(rt, loader, tail="drop").'
+        )
+    if min(threads) != max(threads):
+        raise ConfigurationError(
+            'reduce="canonical" needs ranks that compute alike, but they use different numbers of threads, by rank'
+            f" {threads} (rank {world.rank}), and torch's sums depend on it. Write torch.set_num_threads(1) on each"
+            " rank before the first step; and the same number in every run whose bits are to be the same."
+        )
 
 
 def as_floats(values: Sequence[Any], world: World) -> list[float]:
@@ -179,14 +194,6 @@ def as_floats(values: Sequence[Any], world: World) -> list[float]:
     tensors = [value.detach().to(world.device, dtype) for value in values if isinstance(value, torch.Tensor)]
     found = iter(cast("list[float]", torch.stack(tensors).tolist()) if tensors else ())
     return [next(found) if isinstance(value, torch.Tensor) else float(value) for value in values]
-
-
-def total(numbers: Sequence[float]) -> float:
-    """Their sum in the tree."""
-    stack: flat.Stack[float] = []
-    for place, number in enumerate(numbers):
-        flat.push(stack, (place, 1), number, operator.add)
-    return flat.fold(stack, operator.add)
 
 
 def refuse(ledger: Ledger, marks: Sequence[int], buffers: Buffers) -> None:

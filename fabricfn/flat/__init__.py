@@ -18,6 +18,7 @@ from fabricfn.flat.moving import (
 from fabricfn.flat.pairwise import (
     Stack as Stack,
     add_lists as add_lists,
+    blocks_of as blocks_of,
     fold as fold,
     push as push,
     sum_in_tree as sum_in_tree,
@@ -27,4 +28,4 @@ from fabricfn.flat.reducing import (
     all_reduce_mean as all_reduce_mean,
     reduce_scatter as reduce_scatter,
 )
-from fabricfn.flat.wire import HALVES as HALVES, Group as Group, gathering as gathering
+from fabricfn.flat.wire import HALVES as HALVES, Group as Group

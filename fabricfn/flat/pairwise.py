@@ -73,21 +73,21 @@ def blocks_of(first: int, count: int) -> list[Block]:
 
 
 @torch.no_grad()
-def sum_in_tree(stack: Stack[list[torch.Tensor]], counts: Sequence[int], group: Group) -> list[torch.Tensor]:
-    """The sum of the leaves of all ranks, the same bits on every rank and for every `counts` with the same sum.
+def sum_in_tree(stack: Stack[list[torch.Tensor]], count: int, group: Group) -> list[torch.Tensor]:
+    """The sum of the leaves of all ranks, the same bits on every rank and for every number of ranks.
 
     Every rank must call it. See [Note: three ways].
 
     Args:
         stack: this rank's blocks, each a list of tensors; consumed. One rank gets its tensors back.
-        counts: the number of leaves of each rank, in the order of the ranks; none is 0.
+        count: the number of leaves of each rank, the same on all; not 0.
         group: the ranks.
     """
     if group is None:
         return fold(stack, add_lists)
-    layout = [blocks_of(sum(counts[:rank]), count) for rank, count in enumerate(counts)]
-    size = len(layout)
-    halves = size & (size - 1) == 0 and layout == [[(rank * counts[0], counts[0])] for rank in range(size)]
+    size = group.size()
+    layout = [blocks_of(rank * count, count) for rank in range(size)]
+    halves = size & (size - 1) == 0 and count & (count - 1) == 0
     first = stack[0][1]
     results: list[torch.Tensor | None] = [None] * len(first)
     for places in plan(first):

@@ -54,12 +54,6 @@ def gathered(buffer: torch.Tensor, group: Group) -> torch.Tensor:
     return rows
 
 
-def gathering(buffer: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
-    """([size, n], the work to wait for before it is read); the buffer is not empty."""
-    rows = buffer.new_empty((group.size(), buffer.numel()))
-    return rows, _gather_into(as_bytes(rows).view(-1), as_bytes(buffer), group=group, async_op=True)
-
-
 def exchanged(rows: torch.Tensor, group: Group) -> torch.Tensor:
     """Row r of [size, n] goes to rank r -> [size, n], row r from rank r."""
     if group is None or not rows.numel():
