@@ -431,7 +431,7 @@ def test_models_stay_as_they_are_and_calls_are_pure(ranks):
         assert all(torch.equal(plain(model, batch())[1].params[name], expected[name]) for name in expected)
         with torch.no_grad():
             last = grad_fn(model, parts)[1].params
-        assert torch.is_grad_enabled()
+            assert not torch.is_grad_enabled()
         assert all(torch.equal(model.params[name], before[name]) for name in before)
         return all(
             torch.equal(first[name], kept[name]) and torch.equal(again[name], kept[name])
@@ -474,10 +474,11 @@ def normed():
     return module
 
 
-def with_statistics(rt, buffers, evaluated=False):
+def with_statistics(rt, buffers, evaluated=False, weighted=False):
     model = ff.setup_model(rt, normed())
     model = ff.eval_mode(model) if evaluated else model
-    grad_fn = ff.accumulate(rt, lambda net, x: net(x).square().mean(), reduce="canonical", buffers=buffers)
+    loss_fn = sums if weighted else mean_square
+    grad_fn = ff.accumulate(rt, loss_fn, reduce="canonical", buffers=buffers, weighted=weighted)
     x = list(batch(48, torch.float32).split(4))
     _, grads = grad_fn(model, mine(rt, x))
     return dict(grads.params), grads.new_buffers, x
@@ -494,6 +495,8 @@ def test_the_mean_of_the_buffers_is_the_same_on_every_world(ranks, strategy):
     mean = sum(part.mean(0) for part in hidden) / len(hidden)
     torch.testing.assert_close(buffers["1.running_mean"], 0.1 * mean.detach())
     assert buffers["1.num_batches_tracked"].item() == 1
+    _, others, _ = ranks.run(with_statistics, "mean", False, True, world_size=2)[0]
+    assert same(others["1.running_mean"], buffers["1.running_mean"]), "weights are for the loss"
 
 
 def test_buffers_that_change_are_refused_unless_somebody_says_what_to_do(ranks):
@@ -648,11 +651,14 @@ def test_an_exception_in_the_loss_leaves_nothing_behind(ranks):
     def run(rt):
         model = ff.setup_model(rt, small())
 
+        def fails(gradient):
+            raise KeyError("here")
+
         def breaks(net, x):
-            loss = net(x).square().mean()
+            hidden = net[0](x)
             if len(x) == 3:
-                raise KeyError("here")
-            return loss
+                hidden.register_hook(fails)  # in the backward pass, when the last layer has its gradients already
+            return net[2](net[1](hidden)).square().mean()
 
         grad_fn = ff.accumulate(rt, breaks, reduce="canonical")
         with pytest.raises(KeyError):
