@@ -107,10 +107,10 @@ def accumulate(
     Returns:
         `grad_fn(models, microbatches, rng=None) -> (loss, grads)`; `microbatches` is an iterable, read one ahead
         (wholly with `rng`), of argument tuples (a list, as DataLoader makes it, counts as a tuple; anything else is one
-        argument). Every rank must call it; the ranks may have different numbers of micro-batches,
-        but neither under "canonical" nor under fsdp. With has_aux the aux is the list of this rank's micro-batches' aux. With `rng` each micro-batch folds in its index in
-        the global batch. `loss` is as in `value_and_grad`; under "canonical" the mean over all micro-batches of all
-        ranks.
+        argument). Every rank must call it; the ranks may have different numbers of micro-batches, but neither under
+        "canonical" nor under fsdp. With has_aux the aux is the list of this rank's micro-batches' aux. With `rng` each
+        micro-batch folds in its index in the global batch. `loss` is as in `value_and_grad`; under "canonical" the mean
+        over all micro-batches of all ranks.
 
     Raises:
         FabricfnError: as `value_and_grad` does.

@@ -629,7 +629,7 @@ def other_strategies():
     functional = ff.strategies.functional()
     made = {name: getattr(functional, name) for name in ("attach", "forward", "backward", "gradients")}
     return {
-        "fsdp": "fsdp",
+        "fsdp": ff.strategies.fsdp(),
         "of the user's own": ff.Strategy(name="mine", **made),
         "static graph": ff.strategies.ddp(static_graph=True),
         "hook": ff.strategies.ddp(comm_hook=lambda state, bucket: None),
