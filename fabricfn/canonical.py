@@ -20,7 +20,7 @@ from fabricfn.engine import Frame, require_all
 from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
 from fabricfn.ledgers import IMPOSSIBLE, Entry, Ledger, add_leaf, open_ledger
 from fabricfn.losses import Buffers, Job, Sums
-from fabricfn.random import Key, fold_in, seeded
+from fabricfn.random import Key, seeded
 from fabricfn.records import Model
 from fabricfn.runs import Microbatch, abandon, as_args, demand_grad, differentiate, flatten_models, run_one
 from fabricfn.runtimes import Runtime
@@ -50,26 +50,27 @@ def through(
     spec: Any,
     microbatches: Iterable[Microbatch],
     rng: tuple[Key, int] | None,
+    scaled: Sums,
     *,
     models: Sequence[Model],
     buffers: Buffers,
     count: int,
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of each micro-batch apart, then the tree: (loss, aux, gradients)."""
-    ledger = open_ledger(frames, models, averaged=buffers == "mean")
+    ledger = open_ledger(frames, models, averaged=buffers == "mean", dtype=rt.precision.reduce_dtype)
     grad_enabled = torch.is_grad_enabled()
     try:
         if not grad_enabled:
             demand_grad()
         for place, (args, kwargs, _) in enumerate(microbatches, rt.rank * count):
-            sums = Sums(aux=ledger.aux)
-            with contextlib.nullcontext() if rng is None else seeded(fold_in(rng[0], place), rt.device):
+            sums = Sums(aux=ledger.aux, scale=scaled.scale)
+            with contextlib.nullcontext() if rng is None else seeded(rng[0], rt.device, place):
                 run_one(rt, job, frames, spec, args, kwargs, False, 1.0, sums)
             ledger.losses.append(sums.loss)
             ledger.weights.append(sums.weight)
             ledger.aux = sums.aux
             add_leaf(ledger, place, rt.strategy.local_gradients(frames), frames, models)
-        loss, taken = settle(rt.world, job, ledger, frames, buffers, count)
+        loss, taken = settle(rt.world, job, ledger, frames, buffers, count, scaled.scale or 1)
     except BaseException:
         for frame in frames:
             abandon(frame)
@@ -81,7 +82,13 @@ def through(
 
 
 def settle(
-    world: World, job: Job, ledger: Ledger, frames: Sequence[Frame], buffers: Buffers, count: int
+    world: World,
+    job: Job,
+    ledger: Ledger,
+    frames: Sequence[Frame],
+    buffers: Buffers,
+    count: int,
+    scale: float,
 ) -> tuple[torch.Tensor, list[list[torch.Tensor | None]]]:
     """(the loss, the gradients of each frame): means over all micro-batches of all ranks.
 
@@ -105,7 +112,7 @@ def settle(
     ledger.stack.clear()
     sums = flat.sum_in_tree(stack, count, world.group)
     found = [(ledger.summed[place], value) for place, value in zip(chosen, sums, strict=True)]
-    divide([value for entry, value in found if entry.slot is not None], divisor)
+    divide([value for entry, value in found if entry.slot is not None], divisor * scale)
     divide([value for entry, value in found if entry.slot is None], number)
     for entry, value in found:
         # the layout too is the same on every world: norms add up in the order of the memory

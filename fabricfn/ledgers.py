@@ -34,6 +34,8 @@ class Ledger:
     summed: list[Entry]
     equal: list[Entry]
     """What has no mean (a counter), or gets none: it must come out equal from every micro-batch."""
+    dtype: torch.dtype | None
+    """In which everything is summed, if not in its own."""
     marks: list[int]
     """For the entries of `summed`, then of `equal`: ABSENT, PRESENT or IMPOSSIBLE."""
     stack: flat.Stack[list[torch.Tensor]] = dataclasses.field(default_factory=list[Any])
@@ -45,13 +47,16 @@ class Ledger:
     aux: list[Any] | None = None
 
 
-def open_ledger(frames: Sequence[Frame], models: Sequence[Model], *, averaged: bool) -> Ledger:
+def open_ledger(
+    frames: Sequence[Frame], models: Sequence[Model], *, averaged: bool, dtype: torch.dtype | None
+) -> Ledger:
     """Nothing yet, for every trainable parameter and every persistent buffer.
 
     Args:
         frames: of the models.
         models: with the buffers that every micro-batch starts from.
         averaged: whether floating buffers are summed.
+        dtype: in which everything is summed, if not in its own.
     """
     entries = [
         Entry(frame=number, name=name, slot=index, like=slot)
@@ -65,7 +70,7 @@ def open_ledger(frames: Sequence[Frame], models: Sequence[Model], *, averaged: b
     means = [entry.slot is not None or (averaged and one) for entry, one in zip(entries, floating, strict=True)]
     summed = [entry for entry, one in zip(entries, means, strict=True) if one]
     equal = [entry for entry, one in zip(entries, means, strict=True) if not one]
-    return Ledger(summed=summed, equal=equal, marks=[ABSENT] * len(entries))
+    return Ledger(summed=summed, equal=equal, dtype=dtype, marks=[ABSENT] * len(entries))
 
 
 def add_leaf(
@@ -117,8 +122,14 @@ def leaf_of(
             ledger.values.append(new)
         elif not torch.equal(ledger.values[index], new):
             ledger.marks[place] = IMPOSSIBLE
-    # sums of 16-bit floats would lose what many micro-batches have in common, or overflow
-    return [tensor.float() if tensor.dtype in flat.HALVES else tensor for tensor in leaf]
+    return [in_sum_dtype(tensor, ledger.dtype) for tensor in leaf]
+
+
+def in_sum_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """As it is summed: in `dtype`, and never in 16 bits, whose sums lose what they have in common, or overflow."""
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor.float() if tensor.dtype in flat.HALVES else tensor
 
 
 def owned(leaf: list[torch.Tensor]) -> list[torch.Tensor]:

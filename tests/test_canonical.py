@@ -672,3 +672,34 @@ def test_an_exception_in_the_loss_leaves_nothing_behind(ranks):
             plain(batch(4)).square().mean().backward()
             for name, param in plain.named_parameters():
                 torch.testing.assert_close(found[name], param.grad, rtol=0, atol=1e-13)
+
+
+HALF = ff.Precision(compute_dtype=torch.float16, autocast=True, loss_scale=ff.DynamicScale(init_scale=1024.0))
+
+
+def test_a_loss_scale_is_taken_out_again_in_the_same_bits(ranks):
+    def run(rt, reduce="canonical"):
+        model = ff.setup_model(rt, small(dtype=torch.float32))
+        grad_fn = ff.accumulate(rt, mean_square, reduce=reduce)
+        loss, grads = grad_fn(model, mine(rt, list(batch(24, torch.float32).split(2))))
+        return [loss, *grads.params.values()]
+
+    (expected,) = ranks.run(run, world_size=1, precision=HALF)
+    (plain,) = ranks.run(run, "mean", world_size=1, precision=HALF)
+    for found, other in zip(expected, plain, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-3, atol=1e-4)
+    for size, strategy in ((2, "ddp"), (3, "functional")):
+        for found in ranks.run(run, world_size=size, strategy=strategy, precision=HALF):
+            assert all(map(same, found, expected))
+
+
+@ROWS
+def test_sums_are_held_in_the_dtype_that_the_precision_names(ranks, strategy):
+    items = rows(6, 0, 64)
+    precise = ff.Precision(reduce_dtype=torch.float64)
+    (expected,) = ranks.run(reduced, items, world_size=1, precision=precise)
+    torch.testing.assert_close(expected[1], (sum(v.double() for (v,) in items) / 6).float(), rtol=1e-7, atol=0)
+    (short,) = ranks.run(reduced, items, world_size=1)
+    assert not same(short[1], expected[1])
+    for found in ranks.run(reduced, items, world_size=3, precision=precise, strategy=strategy):
+        assert all(map(same, found, expected))

@@ -9,7 +9,7 @@ itself, at most 2 log2(n) otherwise. Only these blocks travel, and every rank go
 [Note: three ways] Where each rank has one block and the ranks are a power of two, they swap sums with a partner, then
 with one at distance 2, 4, ... Otherwise small blocks travel to every rank, which adds them up; of large ones each rank
 adds up its part only, and the parts are gathered, which moves no more than an all-reduce does. Measured: see
-docs/decisions/0005-canonical.md.
+docs/decisions/0007-canonical.md.
 """
 
 from collections.abc import Callable, Sequence
