@@ -4,15 +4,17 @@ How a call runs is in `runs.py`; what a loss function may return, in `losses.py`
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from fabricfn.binding import bind_constants, check_devices, release
+from fabricfn.canonical import differentiate_in_tree
 from fabricfn.engine import Frame
 from fabricfn.errors import ConfigurationError
-from fabricfn.losses import Buffers, Job, Sums, collect, finish
+from fabricfn.losses import Buffers, Job, Reduce, Sums, collect, finish
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.runs import differentiate, first_index, one_ahead
@@ -86,25 +88,34 @@ def accumulate(
     weighted: bool = False,
     allow_unused: bool = False,
     buffers: Buffers = "rank0",
+    reduce: Reduce = "mean",
 ) -> Callable[..., tuple[Any, Any]]:
     """Like `value_and_grad`, over several micro-batches with one synchronisation at the end.
 
-    Law: k micro-batches give the loss and the gradients of one batch; exactly for unequal sizes with `weighted`, else
-    the mean over the ranks of each rank's mean of the micro-batches' means.
+    Laws: k micro-batches give the loss and the gradients of one batch; exactly for unequal sizes with `weighted`, else
+    the mean over the ranks of each rank's mean of the micro-batches' means. With `reduce="canonical"` loss and
+    gradients are a function of the sequence of all ranks' micro-batches: the same bits on every number of ranks.
 
     Args:
-        loss_fn, has_aux, weighted, allow_unused, buffers: see `value_and_grad`.
+        loss_fn, has_aux, weighted, allow_unused, buffers: see `value_and_grad`. Under "canonical" a loss that changes
+            buffers needs `buffers="mean"`: each micro-batch starts from the model's, and their mean comes out.
+        reduce: "mean" adds up as it comes, in the strategy's own way. "canonical" computes each micro-batch's gradients
+            apart and adds all of them, in the order of ranks, in one fixed binary tree; the plain mean is that over all
+            micro-batches. It holds log2(k) sums at a time, and reads `microbatches` wholly. Conditions and costs:
+            docs/determinism.md.
 
     Returns:
         `grad_fn(models, microbatches, rng=None) -> (loss, grads)`; `microbatches` is an iterable, read one ahead
         (wholly with `rng`), of argument tuples (a list, as DataLoader makes it, counts as a tuple; anything else is one
-        argument). Every rank must call it; the ranks may have different numbers of micro-batches. With
-        has_aux the aux is the list of the micro-batches' aux. With `rng` each micro-batch folds in its index in the
-        global batch (those of the lower ranks come first): the same masks, however the ranks share the micro-batches.
+        argument). Every rank must call it; the ranks may have different numbers of micro-batches, but neither under
+        "canonical" nor under fsdp. With has_aux the aux is the list of this rank's micro-batches' aux. With `rng` each
+        micro-batch folds in its index in the global batch. `loss` is as in `value_and_grad`; under "canonical" the mean
+        over all micro-batches of all ranks.
 
     Raises:
         FabricfnError: as `value_and_grad` does.
-        ConfigurationError: (from grad_fn) there is no micro-batch.
+        ConfigurationError: an option is unknown; (from grad_fn) there is no micro-batch, or not as many on each rank.
+        CapabilityError: the strategy cannot do it; (from grad_fn) buffers that changed, under "canonical".
 
     Example:
         >>> import torch, fabricfn as ff
@@ -113,9 +124,24 @@ def accumulate(
         >>> grad_fn = ff.accumulate(rt, lambda net, x: (net(x).square().sum(), len(x)), weighted=True)
         >>> loss, grads = grad_fn(model, [(torch.ones(4, 2),), (torch.ones(1, 2),)])
     """
-    job = checked(rt, loss_fn, has_aux, weighted, allow_unused, buffers)
+    canonical = reduce == "canonical"
+    if canonical:
+        rt.strategy.local_gradients(())
+        if buffers == "local":
+            raise ConfigurationError(
+                'reduce="canonical" gives the same bits on any number of ranks, and buffers="local" others on each'
+                ' rank. Write buffers="mean".'
+            )
+    elif reduce != "mean":
+        raise ConfigurationError(f'reduce={reduce!r} is unknown; there are "mean" and "canonical".')
+    # by itself "canonical" adds up what there is, so it asks no strategy for it
+    job = checked(rt, loss_fn, has_aux, weighted, allow_unused and not canonical, buffers)
+    job = dataclasses.replace(job, allow_unused=allow_unused)
 
     def grad_fn(models: Any, microbatches: Iterable[Any], *, rng: Key | None = None) -> tuple[Any, Any]:
+        if canonical:
+            loss, aux, grads = differentiate_in_tree(rt, job, models, microbatches, rng)
+            return (loss if aux is None else (loss, aux)), grads
         key = None
         if rng is not None:
             microbatches = list(microbatches)

@@ -12,6 +12,7 @@ from fabricfn.tree import tree_map
 from fabricfn.world import World
 
 Buffers = Literal["rank0", "mean", "local"]
+Reduce = Literal["mean", "canonical"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

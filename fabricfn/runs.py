@@ -4,7 +4,7 @@
 afterwards. This is the hot loop: work that set-up could have done has no place here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -31,12 +31,18 @@ Microbatch = tuple[tuple[Any, ...], dict[str, Any], bool]
 
 
 def differentiate(
-    rt: Runtime, job: Job, models: Any, microbatches: Iterable[Microbatch], rng: tuple[Key, int] | None
+    rt: Runtime,
+    job: Job,
+    models: Any,
+    microbatches: Iterable[Microbatch],
+    rng: tuple[Key, int] | None,
+    passes: Callable[..., Any] | None = None,
 ) -> tuple[torch.Tensor, list[Any] | None, Any]:
     """(loss, aux of each micro-batch, grads); see [Note: one run].
 
     Args:
         rng: the key, and the index of this rank's first micro-batch in the global batch.
+        passes: what to do in place of `through`.
     """
     if transforming():
         raise CapabilityError(
@@ -54,7 +60,7 @@ def differentiate(
             for slot in frames[-1].slots:
                 if slot.grad is not None:  # a graph that the user kept went back after its run
                     slot.grad = None
-        loss, aux, taken = through(rt, job, frames, spec, microbatches, rng, sums)
+        loss, aux, taken = (passes or through)(rt, job, frames, spec, microbatches, rng, sums)
         changed: list[dict[str, torch.Tensor]] | None = None
         if [frame for frame in frames if frame.places or frame.absent]:
             changed = [changed_buffers(frame, model) for frame, model in zip(frames, leaves, strict=True)]

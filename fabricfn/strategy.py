@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fabricfn.engine import Frame
+from fabricfn.errors import CapabilityError
 from fabricfn.precision import Precision
 from fabricfn.world import World
 
@@ -88,8 +89,28 @@ def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
         slot.data = value
 
 
+class LocalGradients(Protocol):
+    """Hands over what this rank alone has computed."""
+
+    def __call__(self, frames: Sequence[Frame]) -> list[list[torch.Tensor | None]]:
+        """Take away the gradients that `forward(sync=False)` and `backward(share=1)` left, not synchronised.
+
+        One list a frame, one entry a slot; None for a frozen slot and where the loss does not depend on one. Without
+        frames it does nothing but raise `CapabilityError` where the strategy cannot do it.
+        """
+        ...
+
+
 def allowed() -> None:
     """The check of a strategy that has nothing to refuse."""
+
+
+def refuse_local(frames: Sequence[Frame]) -> list[list[torch.Tensor | None]]:
+    """For strategies whose ranks never hold whole gradients of their own."""
+    raise CapabilityError(
+        'reduce="canonical" adds up the whole gradients of every micro-batch, and under this strategy no rank holds'
+        ' them. Write init_runtime(strategy="ddp"), or "functional", or accumulate(..., reduce="mean").'
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +131,8 @@ class Strategy:
     shard: Shard | None = None
     """This rank's part of a parameter; None where every rank holds the whole. Then all ranks must make the same passes
     through the net, since they gather it on the way."""
+    local_gradients: LocalGradients = refuse_local
+    """What `reduce="canonical"` adds up by itself."""
     check_unused: Callable[[], None] = allowed
     """Raises `CapabilityError` when this strategy cannot serve `allow_unused=True`."""
     check_transform: Callable[[], None] = allowed

@@ -31,8 +31,8 @@ FLOORS = (
     ("runtimes", "states", "passes", "samplers"),  # where and how; the optimizer's values; the order of a user's data
     ("losses", "copying", "streams"),  # what a loss function returns; nets of ours; data that only flow
     ("binding", "cutting", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
-    ("runs", "building", "feeds", "votes"),  # one pass; from a module to an engine; what a rank takes
-    ("iterating",),  # from a cursor to the end of the epoch
+    ("runs", "building", "feeds", "votes", "ledgers"),  # one pass; a module to an engine; what a rank takes and adds
+    ("iterating", "canonical"),  # from a cursor to the end of the epoch; passes added up in one fixed tree
     (
         "starting",
         "reporting",

@@ -15,6 +15,14 @@ from fabricfn.flat.moving import (
     scatter as scatter,
     send as send,
 )
+from fabricfn.flat.pairwise import (
+    Stack as Stack,
+    add_lists as add_lists,
+    blocks_of as blocks_of,
+    fold as fold,
+    push as push,
+    sum_in_tree as sum_in_tree,
+)
 from fabricfn.flat.reducing import (
     all_reduce as all_reduce,
     all_reduce_mean as all_reduce_mean,

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fabricfn.engine import Box, Frame
 from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.precision import Precision
-from fabricfn.strategies.single import backward as run_backward, gradients as take
+from fabricfn.strategies.single import backward as run_backward, gradients as take, local_gradients
 from fabricfn.strategy import Strategy, allowed
 from fabricfn.world import World
 
@@ -99,6 +99,8 @@ def ddp(*, comm_hook: Callable[..., Any] | None = None, comm_state: object = Non
         forward=forward,
         backward=backward,
         gradients=gradients,
+        # without a forward pass of its own the reducer lets gradients pass; a static graph insists on one
+        local_gradients=refuse_local if comm_hook is not None or options.get("static_graph") else local_gradients,
         check_unused=allowed if options.get("find_unused_parameters") else refuse_unused,
         check_transform=refuse_transform,
     )
@@ -183,6 +185,14 @@ def refuse_unused() -> None:
     raise CapabilityError(
         "allow_unused=True needs a reducer that looks for unused parameters. Write"
         " strategy=ff.strategies.ddp(find_unused_parameters=True)."
+    )
+
+
+def refuse_local(frames: Sequence[Frame]) -> list[list[torch.Tensor | None]]:
+    """A communication hook would never be called, and a static graph synchronises its first backward by itself."""
+    raise CapabilityError(
+        'reduce="canonical" goes past torch\'s reducer, which comm_hook and static_graph=True belong to. Write'
+        ' strategy="ddp" without them, or accumulate(..., reduce="mean").'
     )
 
 

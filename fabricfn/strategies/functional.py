@@ -34,7 +34,14 @@ class Values:
 
 def functional() -> Strategy:
     """Replicas on every rank, gradients of pure functions, averaged by one explicit collective after the backward."""
-    return Strategy(name="functional", attach=attach, forward=forward, backward=backward, gradients=gradients)
+    return Strategy(
+        name="functional",
+        attach=attach,
+        forward=forward,
+        backward=backward,
+        gradients=gradients,
+        local_gradients=local_gradients,
+    )
 
 
 def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Values | None:
@@ -131,3 +138,8 @@ def mean_in(dtype: torch.dtype | None, grads: Sequence[torch.Tensor], group: Any
         return all_reduce_mean(grads, group)
     cast_down = [grad.to(dtype) if grad.is_floating_point() else grad for grad in grads]
     return [mean.to(grad.dtype) for mean, grad in zip(all_reduce_mean(cast_down, group), grads, strict=True)]
+
+
+def local_gradients(frames: Sequence[Frame]) -> list[list[torch.Tensor | None]]:
+    """The sums of this rank, whichever are missing."""
+    return gradients(frames, World(), allow_unused=True)

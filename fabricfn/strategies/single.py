@@ -17,7 +17,15 @@ _run_backward = cast("Callable[..., Any]", Variable._execution_engine.run_backwa
 
 def single() -> Strategy:
     """The strategy of a world of one."""
-    return Strategy(name="single", max_ranks=1, attach=attach, forward=forward, backward=backward, gradients=gradients)
+    return Strategy(
+        name="single",
+        max_ranks=1,
+        attach=attach,
+        forward=forward,
+        backward=backward,
+        gradients=gradients,
+        local_gradients=local_gradients,
+    )
 
 
 def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> None:
@@ -67,3 +75,8 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
     if not (complete or allow_unused):
         require_all(frames, taken)
     return taken
+
+
+def local_gradients(frames: Sequence[Frame]) -> list[list[torch.Tensor | None]]:
+    """The same, whichever are missing."""
+    return gradients(frames, World(), allow_unused=True)

@@ -24,9 +24,14 @@ from tests.benchmarks import inputs, randomness, ranks, report, steps
 ROOT = Path(__file__).parents[2]
 
 
+def on_ranks(function: Any, size: int, **options: Any) -> Any:
+    """What `function(rt, ...)` measured on the first of so many ranks."""
+    return ff.launch(functools.partial(function, **options), accelerator="cpu", devices=size)[0]
+
+
 def on_two_ranks(function: Any, **options: Any) -> Any:
     """What `function(rt, ...)` measured on the first of two ranks."""
-    return ff.launch(functools.partial(function, **options), accelerator="cpu", devices=2, strategy="ddp")[0]
+    return on_ranks(function, 2, **options)
 
 
 # name -> what measures it: called with the JSON that the row gives, in a process of its own.
@@ -34,6 +39,7 @@ MEASURES = {
     "steps": steps.measure,
     "randomness": randomness.measure,
     "ddp": functools.partial(on_two_ranks, ranks.measure_ddp),
+    "canonical": functools.partial(on_ranks, ranks.measure_canonical),
     "collectives": functools.partial(on_two_ranks, ranks.measure_collectives),
     "to_device": inputs.measure_to_device,
     "batches": inputs.measure_batches,
@@ -78,6 +84,9 @@ def measure_all(quick: bool) -> dict[str, Any]:
     for accumulation, rounds in ((1, 300), (8, 120)):
         found = in_fresh_processes("ddp", repeats, layers=4, accumulation=accumulation, rounds=rounds // divisor)
         results[f"ddp {accumulation}"] = medians(found, "plain")
+    for size in (1, 2):
+        options = {"size": size, "layers": 4, "accumulation": 8, "rounds": 120 // divisor}
+        results[f"canonical {size}"] = medians(in_fresh_processes("canonical", repeats, **options), "mean")
     found = in_fresh_processes("collectives", repeats, rounds=max(20 // divisor, 2))
     for name in found[0]:
         results[f"collectives {name}"] = medians([result[name] for result in found], "loop")

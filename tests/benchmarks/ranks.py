@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -28,12 +29,14 @@ def ddp_by_hand(layers: int, accumulation: int, fused: bool | None = None) -> Ca
     return step
 
 
-def ddp_by_fabricfn(rt: ff.Runtime, layers: int, accumulation: int, donate: bool) -> Callable[[], None]:
+def ddp_by_fabricfn(
+    rt: ff.Runtime, layers: int, accumulation: int, donate: bool, reduce: Literal["mean", "canonical"] = "mean"
+) -> Callable[[], None]:
     model = ff.setup_model(rt, make_net(layers))
     opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=LEARNING_RATE)
     x, y = make_batch()
     single = ff.value_and_grad(rt, loss_fn)
-    several = ff.accumulate(rt, loss_fn)
+    several = ff.accumulate(rt, loss_fn, reduce=reduce)
 
     def step() -> None:
         nonlocal model, opt
@@ -52,6 +55,17 @@ def measure_ddp(rt: ff.Runtime, layers: int, accumulation: int, rounds: int) -> 
         "fused": ddp_by_hand(layers, accumulation, fused=True),
         "fabricfn, donated": ddp_by_fabricfn(rt, layers, accumulation, donate=True),
         "fabricfn, pure": ddp_by_fabricfn(rt, layers, accumulation, donate=False),
+    }
+    return interleaved(contenders, rounds, clock=time.perf_counter, warmup=20)
+
+
+def measure_canonical(rt: ff.Runtime, layers: int, accumulation: int, rounds: int) -> dict[str, float]:
+    """Median seconds of one step on this rank with the default reduction and with the canonical one."""
+    torch.set_num_threads(1)
+    contenders = {
+        "mean": ddp_by_fabricfn(rt, layers, accumulation, donate=True),
+        "mean again (noise)": ddp_by_fabricfn(rt, layers, accumulation, donate=True),
+        "canonical": ddp_by_fabricfn(rt, layers, accumulation, donate=True, reduce="canonical"),
     }
     return interleaved(contenders, rounds, clock=time.perf_counter, warmup=20)
 

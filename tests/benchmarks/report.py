@@ -25,6 +25,7 @@ STEP_ROWS = {
     "steps 4 bf16-mixed": "4 layers, bf16-mixed",
 }
 DDP_ROWS = {"ddp 1": "one batch a step", "ddp 8": "8 micro-batches a step"}
+CANONICAL_ROWS = {"canonical 1": "1 rank", "canonical 2": "2 ranks"}
 COLLECTIVE_ROWS = {
     "collectives all_reduce": "all_reduce",
     "collectives broadcast": "broadcast",
@@ -103,6 +104,11 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         "## One step, two ranks\n\nWall time under ddp for 4 layers, against hand-written `DistributedDataParallel`"
         " (`no_sync` for the first micro-batches).\n",
         table(results, DDP_ROWS, "by hand", {**hand, **ours}),
+        "## The same bits on any number of ranks\n\nWall time of a step with 8 micro-batches a rank, for 4 layers:"
+        ' `accumulate(..., reduce="canonical")` against `reduce="mean"`; see [determinism](determinism.md). Alone:'
+        " `python -m tests.benchmarks --measure canonical"
+        ' \'{"size": 2, "layers": 4, "accumulation": 8, "rounds": 120}\'`.\n',
+        table(results, CANONICAL_ROWS, "mean", {"mean again (noise)": "again", "canonical": "canonical"}),
         "## Collectives, two ranks\n\nWall time for 200 small tensors, against a loop over them.\n",
         table(results, COLLECTIVE_ROWS, "loop", collectives),
         "## Around the step\n\nCPU time.\n",
