@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 import fabricfn as ff
-from tests.benchmarks import inputs, randomness, ranks, report, steps
+from tests.benchmarks import inputs, randomness, ranks, report, sharded, steps
 
 ROOT = Path(__file__).parents[2]
 
 
-def on_ranks(function: Any, size: int, **options: Any) -> Any:
+def on_ranks(function: Any, size: int, strategy: str = "auto", **options: Any) -> Any:
     """What `function(rt, ...)` measured on the first of so many ranks."""
-    return ff.launch(functools.partial(function, **options), accelerator="cpu", devices=size)[0]
+    return ff.launch(functools.partial(function, **options), accelerator="cpu", devices=size, strategy=strategy)[0]
 
 
 def on_two_ranks(function: Any, **options: Any) -> Any:
@@ -40,6 +40,7 @@ MEASURES = {
     "randomness": randomness.measure,
     "ddp": functools.partial(on_two_ranks, ranks.measure_ddp),
     "canonical": functools.partial(on_ranks, ranks.measure_canonical),
+    "fsdp": functools.partial(on_two_ranks, sharded.measure, strategy="fsdp"),
     "collectives": functools.partial(on_two_ranks, ranks.measure_collectives),
     "to_device": inputs.measure_to_device,
     "batches": inputs.measure_batches,
@@ -47,6 +48,9 @@ MEASURES = {
     "imports": functools.partial(inputs.measure_programs, inputs.IMPORTS),
     "first_step": functools.partial(inputs.measure_programs, inputs.FIRST_STEPS),
 }
+
+# kind of net, micro-batches a step, rounds
+FSDP = (("linear", 1, 150), ("linear", 8, 40), ("transformer", 1, 40), ("transformer", 8, 10))
 
 
 def in_fresh_processes(name: str, repeats: int, **options: Any) -> list[Any]:
@@ -87,6 +91,9 @@ def measure_all(quick: bool) -> dict[str, Any]:
     for size in (1, 2):
         options = {"size": size, "layers": 4, "accumulation": 8, "rounds": 120 // divisor}
         results[f"canonical {size}"] = medians(in_fresh_processes("canonical", repeats, **options), "mean")
+    for kind, accumulation, rounds in FSDP:
+        options = {"kind": kind, "accumulation": accumulation, "rounds": max(rounds // divisor, 2)}
+        results[f"fsdp {kind} {accumulation}"] = medians(in_fresh_processes("fsdp", repeats, **options), "plain")
     found = in_fresh_processes("collectives", repeats, rounds=max(20 // divisor, 2))
     for name in found[0]:
         results[f"collectives {name}"] = medians([result[name] for result in found], "loop")

@@ -10,6 +10,10 @@ ASKED = {
     "randomness": {"a key a step": 1.1},
     "ddp 1": {"fabricfn, donated": 1.0},
     "ddp 8": {"fabricfn, donated": 1.0},
+    "fsdp linear 1": {"fabricfn, donated": 1.05},
+    "fsdp linear 8": {"fabricfn, donated": 1.05},
+    "fsdp transformer 1": {"fabricfn, donated": 1.05},
+    "fsdp transformer 8": {"fabricfn, donated": 1.05},
     "collectives all_reduce": {"fabricfn": 0.05},
     "collectives broadcast": {"fabricfn": 0.05},
     "collectives all_gather": {"fabricfn": 0.05},
@@ -26,6 +30,12 @@ STEP_ROWS = {
 }
 DDP_ROWS = {"ddp 1": "one batch a step", "ddp 8": "8 micro-batches a step"}
 CANONICAL_ROWS = {"canonical 1": "1 rank", "canonical 2": "2 ranks"}
+FSDP_ROWS = {
+    "fsdp linear 1": "8 linear blocks, one batch a step",
+    "fsdp linear 8": "8 linear blocks, 8 micro-batches a step",
+    "fsdp transformer 1": "4 encoder layers, one batch a step",
+    "fsdp transformer 8": "4 encoder layers, 8 micro-batches a step",
+}
 COLLECTIVE_ROWS = {
     "collectives all_reduce": "all_reduce",
     "collectives broadcast": "broadcast",
@@ -109,6 +119,12 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         " `python -m tests.benchmarks --measure canonical"
         ' \'{"size": 2, "layers": 4, "accumulation": 8, "rounds": 120}\'`.\n',
         table(results, CANONICAL_ROWS, "mean", {"mean again (noise)": "again", "canonical": "canonical"}),
+        "## One step, two ranks, sharded\n\nWall time under fsdp, against hand-written `fully_shard` of every block and the"
+        " root, and Lightning Fabric's `ModelParallelStrategy` that calls the same. Blocks: `Linear(256, 256)` and gelu,"
+        " batch 16 a rank; `TransformerEncoderLayer(256, 4, 1024)`, batch 8 of 64 tokens a rank. Of 8 micro-batches the"
+        " last one reduces gradients. Accelerate puts DDP in the place of FSDP2 on CPU ranks; here it is forced to FSDP2"
+        " by its state.\n",
+        table(results, FSDP_ROWS, "by hand", {**hand, **ours, **peers}),
         "## Collectives, two ranks\n\nWall time for 200 small tensors, against a loop over them.\n",
         table(results, COLLECTIVE_ROWS, "loop", collectives),
         "## Around the step\n\nCPU time.\n",
