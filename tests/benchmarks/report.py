@@ -60,6 +60,14 @@ a median over rounds, then over {processes} fresh processes. The tables show rat
 the same code a second time and shows the noise; brackets hold what is asked for.
 """
 
+FSDP_HEAD = """## One step, two ranks, sharded
+
+Wall time under fsdp, against hand-written `fully_shard` of every block and the root; Lightning Fabric's
+`ModelParallelStrategy` calls the same. Blocks: `Linear(256, 256)` and gelu, batch 16 a rank;
+`TransformerEncoderLayer(256, 4, 1024)`, batch 8 of 64 tokens a rank. Of 8 micro-batches the last one reduces gradients.
+Asked for FSDP2 on CPU ranks, Accelerate takes DDP without a word; here its state is set to FSDP2 by hand.
+"""
+
 
 def cell(result: dict[str, Any], name: str, asked: dict[str, float]) -> str:
     """A ratio, and in brackets the largest that is asked for."""
@@ -119,11 +127,7 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         " `python -m tests.benchmarks --measure canonical"
         ' \'{"size": 2, "layers": 4, "accumulation": 8, "rounds": 120}\'`.\n',
         table(results, CANONICAL_ROWS, "mean", {"mean again (noise)": "again", "canonical": "canonical"}),
-        "## One step, two ranks, sharded\n\nWall time under fsdp, against hand-written `fully_shard` of every block and the"
-        " root, and Lightning Fabric's `ModelParallelStrategy` that calls the same. Blocks: `Linear(256, 256)` and gelu,"
-        " batch 16 a rank; `TransformerEncoderLayer(256, 4, 1024)`, batch 8 of 64 tokens a rank. Of 8 micro-batches the"
-        " last one reduces gradients. Accelerate puts DDP in the place of FSDP2 on CPU ranks; here it is forced to FSDP2"
-        " by its state.\n",
+        FSDP_HEAD,
         table(results, FSDP_ROWS, "by hand", {**hand, **ours, **peers}),
         "## Collectives, two ranks\n\nWall time for 200 small tensors, against a loop over them.\n",
         table(results, COLLECTIVE_ROWS, "loop", collectives),

@@ -1,4 +1,4 @@
-"""Two ranks: a step under fsdp against hand-written `fully_shard`, Fabric's ModelParallelStrategy, Accelerate's FSDP2."""
+"""Two ranks: a step under fsdp against `fully_shard` by hand, Fabric's ModelParallelStrategy, and Accelerate."""
 
 import contextlib
 import importlib.util
