@@ -525,7 +525,9 @@ def test_the_private_fields_of_torch_are_where_they_were(group):
 
     net = nn.Sequential(nn.Linear(4, 4))
     fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+    net._set_unshard_async_op(True)
     state = net._get_fsdp_state()
+    assert state._fsdp_param_groups[0].unshard_async_op, "FSDPModule._set_unshard_async_op"
     assert state._is_root is None, "FSDPState._is_root is None before the first forward"
     net(torch.ones(2, 4)).sum().backward()
     assert state._is_root is True, "FSDPState._is_root is True after it"

@@ -23,6 +23,7 @@ from fabricfn.strategies.single import backward as run_backward
 from fabricfn.strategies.torch_fsdp import (
     check_version,
     clear,
+    gather_ahead,
     is_idle,
     let_go,
     point as point_shards,
@@ -110,6 +111,8 @@ def tied(box: Any, units: tuple[str, ...], device: torch.device) -> Shards:
 
     box._apply(give_memory)
     box.set_reduce_scatter_unused_params(True)
+    if device.type == "cpu":
+        gather_ahead(box)
     check_dtypes(box)
     params = shard_slots(box)
     shards = Shards(box, units, [params.get(id(slot)) for slot in box.parameters()])

@@ -33,6 +33,14 @@ def shard_slots(box: nn.Module) -> dict[int, Any]:
     return {id(one.sharded_param): one for group in _groups(box) for one in group.fsdp_params}
 
 
+def gather_ahead(box: Any) -> None:
+    """Let the backward pass of a unit compute while the unit before it is being gathered.
+
+    FSDP does so with streams; where there are none, as on CPU, its gathering blocks unless it is told otherwise.
+    """
+    box._set_unshard_async_op(True)
+
+
 def _groups(box: nn.Module) -> Iterator[Any]:
     for module in box.modules():
         if isinstance(module, FSDPModule):
