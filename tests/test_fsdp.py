@@ -313,6 +313,12 @@ def refusals(rt):
     def failing(net, x, y):
         return Boom.apply(net(x)).mean()
 
+    def halfway(net, x, y):
+        x = net.inp(x)
+        for block in net.blocks[:2]:
+            x = x + block(x)
+        return net.blocks[2](Boom.apply(x)).mean()  # the backward pass is gathering blocks[1] when it fails
+
     def breaking(net, x, y):
         net.blocks[0](net.inp(x))
         raise ValueError("in the middle")
@@ -323,6 +329,7 @@ def refusals(rt):
         (first, ff.CapabilityError, "backward pass of its own"),
         (by_method, ff.GradientError, "8 parameters got no gradient: blocks.1.lin.weight"),
         (failing, ZeroDivisionError, "boom"),
+        (halfway, ZeroDivisionError, "boom"),
         (breaking, ValueError, "in the middle"),
     ):
         with pytest.raises(kind, match=text):
