@@ -92,7 +92,7 @@ def measure_all(quick: bool) -> dict[str, Any]:
         options = {"size": size, "layers": 4, "accumulation": 8, "rounds": 120 // divisor}
         results[f"canonical {size}"] = medians(in_fresh_processes("canonical", repeats, **options), "mean")
     for kind, accumulation, rounds in FSDP:
-        options = {"kind": kind, "accumulation": accumulation, "rounds": max(rounds // divisor, 2)}
+        options = {"kind": kind, "accumulation": accumulation, "rounds": max(rounds // divisor, 1)}
         results[f"fsdp {kind} {accumulation}"] = medians(in_fresh_processes("fsdp", repeats, **options), "plain")
     found = in_fresh_processes("collectives", repeats, rounds=max(20 // divisor, 2))
     for name in found[0]:

@@ -175,8 +175,8 @@ def measure(rt: ff.Runtime, kind: str, accumulation: int, rounds: int) -> dict[s
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a Linear returns a view; nobody writes into it
     steps = contenders(rt, kind, accumulation)
-    losses = {name: torch.stack([step() for _ in range(3)]) for name, step in steps.items()}
+    losses = {name: torch.stack([step() for _ in range(2)]) for name, step in steps.items()}
     for name, found in losses.items():
         if not torch.allclose(found, losses["plain"], rtol=1e-4):
             raise AssertionError(f"{name} computes something else: losses {found}, by hand {losses['plain']}")
-    return interleaved(steps, rounds, clock=time.perf_counter, warmup=max(rounds // 10, 2))
+    return interleaved(steps, rounds, clock=time.perf_counter, warmup=rounds // 10)
