@@ -1,11 +1,14 @@
 """Stopping and going on: the digits example is killed in mid-epoch and called again, and no bit shows it."""
 
+import dataclasses
+import importlib.util
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -46,9 +49,8 @@ def whole(path: Path) -> dict[str, torch.Tensor]:
     def walk(tree: object, name: str) -> None:
         if isinstance(tree, torch.Tensor):
             found[name] = tree
-        else:
-            items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-            for key, value in items:
+        elif isinstance(tree, dict):
+            for key, value in tree.items():
                 walk(value, f"{name}/{key}")
 
     walk(tree, "")
@@ -156,3 +158,42 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_strategy(tmp_pat
             for losses_after, found in ended:
                 torch.testing.assert_close(losses_after, expected[5:], rtol=1e-11, atol=1e-11)
                 torch.testing.assert_close(dict(found), dict(params), rtol=1e-11, atol=1e-11)
+
+
+# ---------------------------------------------------------------- the plot in the docs
+
+
+def points(svg: str) -> dict[str, list[list[str]]]:
+    """The points of the curves, by class."""
+    found: dict[str, list[list[str]]] = {}
+    for line in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}polyline"):
+        found.setdefault(line.attrib["class"], []).append(line.attrib["points"].split())
+    return found
+
+
+def test_the_plot_of_the_docs_shows_curves_that_coincide():
+    svg = (ROOT / "docs/resume.svg").read_text()
+    assert "115 steps; largest difference between the runs: 0<" in svg
+    curves = points(svg)
+    assert [len(never) for never in curves["never"]] == [115, 115], "ddp and fsdp"
+    for never, before, after in zip(*curves.values(), strict=True):
+        assert before == never[:67]
+        assert after == never[60:]
+
+
+def test_the_plot_tells_runs_that_differ():
+    spec = importlib.util.spec_from_file_location("resume_plot", ROOT / "docs/plots/resume.py")
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    never = {step: 1 / step for step in range(1, 9)}
+    before = {step: never[step] for step in range(1, 6)}
+    story = plot.Story(title="ddp & more", never=never, before=before, after=dict(never), resumed=4)
+    svg = plot.draw([story], "python x.py")
+    assert "8 steps; largest difference between the runs: 0<" in svg
+    curves = points(svg)
+    assert [len(curves[name][0]) for name in ("never", "before", "after")] == [8, 5, 4]
+    assert "kill -9 after step 5" in svg
+    assert "goes on after step 4" in svg
+    assert plot.difference(dataclasses.replace(story, before={**before, 5: 0.7})) == 0.5
+    assert plot.difference(dataclasses.replace(story, after={**never, 8: 0.25})) == 0.125
+    assert plot.difference(dataclasses.replace(story, after=before)) == float("inf"), "it never went on"

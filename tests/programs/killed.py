@@ -1,6 +1,6 @@
-"""Run a program, and kill all its processes (SIGKILL) in the middle of one step. Usage: killed.py STEP program [words ...].
+"""Run a program, and kill all its processes in the middle of a step. Usage: killed.py STEP program [words ...].
 
-The program runs as it stands; only the step with this number (from 0) ends the run when the gradients are there.
+The program runs as it stands, until it has taken so many steps and has the gradients of the next; then comes SIGKILL.
 """
 
 import os
