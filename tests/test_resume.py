@@ -194,6 +194,7 @@ def test_the_plot_tells_runs_that_differ():
     assert [len(curves[name][0]) for name in ("never", "before", "after")] == [8, 5, 4]
     assert "kill -9 after step 5" in svg
     assert "goes on after step 4" in svg
-    assert plot.difference(dataclasses.replace(story, before={**before, 5: 0.7})) == 0.5
+    assert plot.difference(dataclasses.replace(story, before={**before, 4: 0.75})) == 0.5
     assert plot.difference(dataclasses.replace(story, after={**never, 8: 0.25})) == 0.125
+    assert plot.difference(dataclasses.replace(story, after={**never, 8: float("nan")})) == float("inf")
     assert plot.difference(dataclasses.replace(story, after=before)) == float("inf"), "it never went on"

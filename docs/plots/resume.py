@@ -50,10 +50,11 @@ class Story:
 
 def difference(story: Story) -> float:
     """The largest difference of losses between the two runs, over all steps that either of them wrote at any time."""
-    found = 0.0
-    for losses in (story.before, story.after):
-        found = max([found, *(abs(loss - story.never[step]) for step, loss in losses.items())])
-    return found if story.after.keys() == story.never.keys() else math.inf
+    if story.after.keys() != story.never.keys():
+        return math.inf
+    pairs = [*story.before.items(), *story.after.items()]
+    found = [abs(loss - story.never[step]) for step, loss in pairs]
+    return math.inf if any(map(math.isnan, found)) else max(found)
 
 
 def draw(stories: list[Story], command: str) -> str:
