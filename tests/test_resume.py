@@ -72,17 +72,31 @@ def differing(left: Path, right: Path, tolerance: float = 0.0) -> list[str]:
     return [name for name in ours if not same(ours[name], theirs[name])]
 
 
+FLOAT64 = ("--precision", "64-true")
 WORLDS = {
     "single": ("--devices", "1"),
-    "ddp": ("--devices", "2", "--strategy", "ddp"),
+    "ddp": ("--devices", "2", "--strategy", "ddp", *FLOAT64),  # the run that fsdp is compared with
     "fsdp": ("--devices", "2", "--strategy", "fsdp"),
 }
 
 
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """`never_stopped(strategy)`: the folder of a run that nobody touched."""
+    found: dict[str, Path] = {}
+
+    def make(strategy: str) -> Path:
+        if strategy not in found:
+            found[strategy] = tmp_path_factory.mktemp("never") / strategy
+            run(found[strategy], *WORLDS[strategy])
+        return found[strategy]
+
+    return make
+
+
 @pytest.mark.parametrize("strategy", WORLDS)
-def test_a_run_that_was_killed_in_mid_epoch_goes_on_to_the_bit(tmp_path: Path, strategy: str):
-    never, killed = tmp_path / "never", tmp_path / "killed"
-    run(never, *WORLDS[strategy])
+def test_a_run_that_was_killed_in_mid_epoch_goes_on_to_the_bit(tmp_path: Path, never_stopped, strategy: str):
+    never, killed = never_stopped(strategy), tmp_path / "killed"
     assert [step for step, _ in losses(never)] == list(range(1, 47))
 
     run(killed, *WORLDS[strategy], command=("tests/programs/killed.py", "36", DIGITS), status=-9)
@@ -96,11 +110,10 @@ def test_a_run_that_was_killed_in_mid_epoch_goes_on_to_the_bit(tmp_path: Path, s
         assert differing(killed / f"step-{step:06d}", never / f"step-{step:06d}") == []
 
 
-def test_what_ddp_began_fsdp_finishes(tmp_path: Path):
-    ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
-    run(ddp, *WORLDS["ddp"], "--precision", "64-true")
+def test_what_ddp_began_fsdp_finishes(tmp_path: Path, never_stopped):
+    ddp, fsdp = never_stopped("ddp"), tmp_path / "fsdp"
     shutil.copytree(ddp / "step-000030", fsdp / "step-000030")
-    assert "1 of 2 epochs are done, 30 steps" in run(fsdp, *WORLDS["fsdp"], "--precision", "64-true")
+    assert "1 of 2 epochs are done, 30 steps" in run(fsdp, *WORLDS["fsdp"], *FLOAT64)
     assert differing(fsdp / "step-000046", ddp / "step-000046", tolerance=1e-11) == []
     assert [step for step, _ in losses(fsdp)] == list(range(31, 47))
     for (_, ours), (_, theirs) in zip(losses(fsdp), losses(ddp)[30:], strict=True):
