@@ -84,12 +84,13 @@ def panel(story: Story, offset: int) -> str:
         return f'<polyline class="{name}" points="{points}"/>\n'
 
     killed, _ = place(max(story.before), high)
+    title = f"{story.title}: loss (log scale); wide: never stopped; thin: killed and called again"
     gone_on = {step: loss for step, loss in story.after.items() if step > story.resumed}
     return (
         f'<path class="axis" d="M{LEFT},{offset + TOP} V{bottom} H{right}"/>\n'
         + curve(story.never, "never") + curve(story.before, "before") + curve(gone_on, "after")
         + f'<path class="kill" d="M{killed},{offset + TOP - 8} V{bottom}"/>\n'
-        + text(LEFT, offset + 16, f"{story.title}: loss (log scale); wide: never stopped; thin: killed and called again")
+        + text(LEFT, offset + 16, title)
         + text(killed + 5, offset + TOP + 2, f"kill -9 after step {max(story.before)}", "small")
         + text(killed + 5, offset + TOP + 17, f"goes on after step {story.resumed}", "small")
         + text(8, offset + TOP + 4, f"{high:.2g}", "small") + text(8, bottom, f"{low:.2g}", "small")
