@@ -52,6 +52,12 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def plots(session: nox.Session) -> None:
+    """Run the digits six times, and draw docs/resume.svg; about a minute on two cores. Not part of the round."""
+    python(session, "docs/plots/resume.py")
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measure, and write docs/benchmarks.md; about five minutes on two idle cores. Not part of the round."""
     python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[bench]")
