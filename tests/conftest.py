@@ -20,7 +20,8 @@ def one_rank(group):
     """`one_rank(strategy, precision) -> Runtime`."""
 
     def make(name="single", precision="64-true"):
-        strategy = ff.strategies.NAMES[name]()
+        # several losses here use weights directly; units are the matter of test_fsdp.py
+        strategy = ff.strategies.fsdp(units=None) if name == "fsdp" else ff.strategies.NAMES[name]()
         world = ff.World(group=None if strategy.max_ranks == 1 else group)
         return ff.Runtime(world=world, precision=ff.Precision.parse(precision), strategy=strategy)
 

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import fabricfn as ff
+from fabricfn.sharding import local_of, whole
 
 
 @pytest.fixture(params=ff.strategies.NAMES)
@@ -70,7 +71,7 @@ def test_any_computation_of_the_net_gives_plain_autograds_gradients(rt):
     torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-13)
     for name, param in module.named_parameters():
         if param.requires_grad:
-            torch.testing.assert_close(grads.params[name], param.grad, rtol=0, atol=1e-13)
+            torch.testing.assert_close(whole(grads.params[name]), param.grad, rtol=0, atol=1e-13)
         else:
             assert grads.params[name] is None
     assert not loss.requires_grad
@@ -142,7 +143,7 @@ def test_a_plain_module_comes_back(rt):
     assert torch.equal(module.encoder.weight, 2 * fresh().encoder.weight) and module.training
     assert not module._forward_pre_hooks and not module._forward_hooks
     module(data(8, 4).double()).mean().backward()
-    assert all(torch.equal(value, model.params[name]) for name, value in ff.gather_params(rt, model).items())
+    assert all(torch.equal(value, whole(model.params[name])) for name, value in ff.gather_params(rt, model).items())
 
 
 def test_aux_is_detached_and_any_tree(rt):
@@ -182,7 +183,7 @@ def test_unweighted_accumulation_is_the_mean_of_means(rt):
     loss, grads = ff.accumulate(rt, loss_fn)(model, batches)
     each = [ff.value_and_grad(rt, loss_fn)(model, *batch) for batch in batches]
     torch.testing.assert_close(loss, sum(one[0] for one in each) / 3)
-    torch.testing.assert_close(grads.params["scale"], sum(one[1].params["scale"] for one in each) / 3)
+    torch.testing.assert_close(whole(grads.params["scale"]), sum(one[1].params["scale"] for one in each) / 3)
 
 
 def test_keys_decide_dropout_and_leave_the_global_generator_alone(rt):
@@ -249,7 +250,7 @@ def test_dcgan(rt):
         g_loss(g, constant(d), z).backward()
         g_opt.step()
     for model, module in ((gen, g), (disc, d)):
-        torch.testing.assert_close(dict(model.params), {n: p.detach() for n, p in module.named_parameters()})
+        torch.testing.assert_close(ff.gather_params(rt, model), {n: p.detach() for n, p in module.named_parameters()})
         torch.testing.assert_close(dict(model.buffers), dict(module.named_buffers()))
 
 
@@ -273,7 +274,7 @@ def test_maml_second_order(rt):
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     for name, param in module.named_parameters():
-        torch.testing.assert_close(grads.params[name], param.grad, rtol=0, atol=1e-12)
+        torch.testing.assert_close(whole(grads.params[name]), param.grad, rtol=0, atol=1e-12)
 
 
 def test_gradients_inside_a_loss(rt):
@@ -283,13 +284,13 @@ def test_gradients_inside_a_loss(rt):
 
     def outer(net, x):
         _, grads = inner(model, x)
-        return net(x).mean() * grads.params["weight"].sum()
+        return net(x).mean() * whole(grads.params["weight"]).sum()
 
     loss, grads = ff.value_and_grad(rt, outer)(model, data(6, 4))
     module = ff.to_module(rt, model)
-    slope = inner(model, data(6, 4))[1].params["weight"].sum()
+    slope = whole(inner(model, data(6, 4))[1].params["weight"]).sum()
     (module(data(6, 4)).mean() * slope).backward()
-    torch.testing.assert_close(grads.params["weight"], module.weight.grad, rtol=0, atol=1e-13)
+    torch.testing.assert_close(whole(grads.params["weight"]), module.weight.grad, rtol=0, atol=1e-13)
 
 
 @pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")  # torch's reducer, on speed
@@ -305,7 +306,7 @@ def test_gradient_penalty(rt):
     _, grads = ff.value_and_grad(rt, penalised)(ff.setup_model(rt, module), data(6, 4))
     penalised(module, data(6, 4)).backward()
     for name, param in module.named_parameters():
-        torch.testing.assert_close(grads.params[name], param.grad, rtol=0, atol=1e-12)
+        torch.testing.assert_close(whole(grads.params[name]), param.grad, rtol=0, atol=1e-12)
 
 
 def test_sam_takes_gradients_at_a_perturbed_model_and_steps_the_original(rt):
@@ -335,7 +336,7 @@ def test_sam_takes_gradients_at_a_perturbed_model_and_steps_the_original(rt):
             for p, o in zip(module.parameters(), old, strict=True):
                 p.copy_(o - 0.1 * p.grad)
     for name, param in module.named_parameters():
-        torch.testing.assert_close(model.params[name], param.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(whole(model.params[name]), param.detach(), rtol=0, atol=1e-12)
 
 
 def test_several_models_in_one_loss(rt):
@@ -347,8 +348,8 @@ def test_several_models_in_one_loss(rt):
 
     _, grads = ff.value_and_grad(rt, chained)(models, data(6, 4))
     b(a(data(6, 4))).square().mean().backward()
-    torch.testing.assert_close(grads["a"].params["weight"], a.weight.grad)
-    torch.testing.assert_close(grads["b"][0].params["weight"], b.weight.grad)
+    torch.testing.assert_close(whole(grads["a"].params["weight"]), a.weight.grad)
+    torch.testing.assert_close(whole(grads["b"][0].params["weight"]), b.weight.grad)
 
 
 def test_constants_are_found_anywhere_in_the_arguments(rt):
@@ -377,7 +378,7 @@ class Mlp(nn.Sequential):
 def same_gradients(model, rt, grads, x):
     plain = ff.to_module(rt, model)
     plain(x).square().mean().backward()
-    torch.testing.assert_close(grads.params["0.weight"], plain[0].weight.grad)
+    torch.testing.assert_close(whole(grads.params["0.weight"]), plain[0].weight.grad)
 
 
 @pytest.mark.parametrize("strategy", ff.strategies.NAMES)
@@ -430,9 +431,10 @@ def test_a_donated_module_is_taken_over(rt):
     module = nn.Linear(4, 1).double()
     weight = module.weight
     model = ff.setup_model(rt, module, donate=True)
-    assert model.params["weight"].data_ptr() == weight.data_ptr()
+    shared = rt.strategy.shard is None  # what is cut is copied
+    assert (local_of(model.params["weight"]).data_ptr() == weight.data_ptr()) is shared
     _, grads = ff.value_and_grad(rt, lambda net, x: net(x).mean())(model, data(6, 4))
-    torch.testing.assert_close(grads.params["weight"], data(6, 4).mean(0, keepdim=True))
+    torch.testing.assert_close(whole(grads.params["weight"]), data(6, 4).mean(0, keepdim=True))
 
 
 def test_devices_of_modules():
@@ -451,6 +453,9 @@ def test_devices_of_modules():
 def test_parameters_without_memory_are_refused(rt):
     with torch.device("meta"):
         module = nn.Linear(2, 2)
+    if rt.strategy.shard is not None:  # they get their values when they are cut
+        assert whole(ff.setup_model(rt, module).params["weight"]).isfinite().all()
+        return
     with pytest.raises(ff.ModelError, match="init_module"):
         ff.setup_model(rt, module)
 
@@ -604,9 +609,13 @@ def test_parameters_kept_in_a_plain_list_get_their_gradients(rt):
             return super().forward(x) + x @ self.all[0].T
 
     module = Listed().double()
+    if rt.strategy.name == "fsdp":
+        with pytest.raises(ff.CapabilityError, match="kept in a list"):
+            ff.value_and_grad(rt, lambda net, x: net(x).square().mean())(ff.setup_model(rt, module), data(6, 4))
+        return
     _, grads = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())(ff.setup_model(rt, module), data(6, 4))
     module(data(6, 4)).square().mean().backward()
-    torch.testing.assert_close(grads.params["weight"], module.weight.grad)
+    torch.testing.assert_close(whole(grads.params["weight"]), module.weight.grad)
 
 
 def test_reentrant_checkpointing_is_right_or_refused(rt):
@@ -619,7 +628,7 @@ def test_reentrant_checkpointing_is_right_or_refused(rt):
     model = ff.setup_model(rt, module)
     checkpointed(module, data(6, 4), False).backward()
     _, grads = ff.value_and_grad(rt, checkpointed)(model, data(6, 4), False)
-    torch.testing.assert_close(grads.params["0.weight"], module[0].weight.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(whole(grads.params["0.weight"]), module[0].weight.grad, rtol=0, atol=1e-12)
     refusals = {"functional": (ff.CapabilityError, "use_reentrant=False"), "ddp": (RuntimeError, "reentrant backward")}
     if rt.strategy.name in refusals:  # torch's reducer refuses a module that is also used outside of the checkpoint
         kind, words = refusals[rt.strategy.name]
@@ -627,7 +636,7 @@ def test_reentrant_checkpointing_is_right_or_refused(rt):
             ff.value_and_grad(rt, checkpointed)(model, data(6, 4), True)
     else:
         _, grads = ff.value_and_grad(rt, checkpointed)(model, data(6, 4), True)
-        torch.testing.assert_close(grads.params["0.weight"], module[0].weight.grad, rtol=0, atol=1e-12)
+        torch.testing.assert_close(whole(grads.params["0.weight"]), module[0].weight.grad, rtol=0, atol=1e-12)
 
 
 def test_a_hook_that_writes_into_the_losss_gradient_does_not_reach_the_next_call(rt):
@@ -691,9 +700,13 @@ def test_what_a_loss_does_to_flags_and_modes_is_undone(rt):
 
 def test_what_apply_returns_keeps_its_values(rt):
     model = ff.setup_model(rt, nn.Linear(4, 1))
-    taken = ff.apply(rt, model, method=lambda net: {"w": net.weight})
+    taken = ff.apply(rt, model, method=lambda net: {"w": net.weight, "row": net.weight[0]})
     ff.apply(rt, ff.map_params(torch.zeros_like, model), data(2, 4))
-    assert torch.equal(taken["w"], model.params["weight"])
+    right = whole(model.params["weight"])
+    assert torch.equal(taken["w"], right) and torch.equal(taken["row"], right[0])
+    (_, aux), _ = ff.value_and_grad(rt, lambda net, x: (net(x).mean(), net.weight[0]), has_aux=True)(model, data(2, 4))
+    ff.value_and_grad(rt, lambda net, x: net(x).mean())(ff.map_params(torch.zeros_like, model), data(2, 4))
+    assert torch.equal(aux, right[0])
 
 
 def test_constants_with_other_buffers_are_told_apart(rt):

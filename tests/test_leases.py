@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fabricfn as ff
+from fabricfn.sharding import whole
 
 
 @pytest.fixture(params=ff.strategies.NAMES)
@@ -36,7 +37,7 @@ def loss_fn(net, x=X):
 def oracle(model, x=X):
     """Plain autograd at the model's values."""
     module = net(depth=len(model.params) // 2)
-    module.load_state_dict(dict(model.params))
+    module.load_state_dict({name: whole(value) for name, value in model.params.items()})
     loss_fn(module, x).backward()
     return [param.grad for param in module.parameters()]
 
@@ -44,7 +45,7 @@ def oracle(model, x=X):
 def assert_right(rt, model):
     _, grads = ff.value_and_grad(rt, loss_fn)(model)
     for found, expected in zip(grads.params.values(), oracle(model), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(whole(found), expected, rtol=0, atol=1e-13)
 
 
 @pytest.fixture
@@ -260,10 +261,10 @@ def test_a_frame_of_its_own_for_each_record_of_one_engine_in_a_loss(rt, model):
     plain, fixed = ff.to_module(rt, model), ff.to_module(rt, teacher).requires_grad_(False)
     distil(plain, fixed).backward()
     for found, param in zip(grads.params.values(), plain.parameters(), strict=True):
-        torch.testing.assert_close(found, param.grad, rtol=0, atol=1e-13)
+        torch.testing.assert_close(whole(found), param.grad, rtol=0, atol=1e-13)
     both = ff.value_and_grad(rt, lambda nets: distil(nets["a"], nets["b"]))({"a": model, "b": teacher})[1]
     torch.testing.assert_close(both["a"].params["0.bias"], grads.params["0.bias"], rtol=0, atol=1e-13)
-    assert both["b"].params["0.bias"].abs().sum() > 0
+    assert whole(both["b"].params["0.bias"]).abs().sum() > 0
 
 
 @pytest.mark.parametrize("strategy", ff.strategies.NAMES)

@@ -24,6 +24,7 @@ from fabricfn.strategies.torch_fsdp import (
     check_version,
     clear,
     gather_ahead,
+    gathered,
     is_idle,
     let_go,
     point as point_shards,
@@ -32,6 +33,7 @@ from fabricfn.strategies.torch_fsdp import (
 )
 from fabricfn.strategies.units import Units, plan
 from fabricfn.strategy import Strategy
+from fabricfn.tree import tree_map
 from fabricfn.world import World
 
 
@@ -193,9 +195,22 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
             raise
         if went_back(shards.box):
             raise inner_backward()
-        return result
+        return outliving(result, shards)
 
     return shards.box(inside)
+
+
+def outliving(result: Any, shards: Shards) -> Any:
+    """The result with copies of what looks at gathered parameters, whose memory is about to be let go."""
+    if type(result) is torch.Tensor and not result._is_view():
+        return result
+    homes = {slot.untyped_storage()._cdata for slot in map(gathered, shards.params) if slot is not None}
+
+    def kept(leaf: Any) -> Any:
+        own = not isinstance(leaf, torch.Tensor) or is_sharded(leaf) or leaf.untyped_storage()._cdata not in homes
+        return leaf if own else leaf.clone()
+
+    return tree_map(kept, result)
 
 
 def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:
@@ -206,15 +221,21 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
             raise outside(shards)
         watch(shards)
         shards.share = share
-    run_backward(frames, loss, share=1.0 if handles else share)
+    try:
+        run_backward(frames, loss, share=1.0 if handles else share)
+    except RuntimeError as error:
+        if "device meta" in str(error):
+            raise outside(handles[0]) from error
+        raise
 
 
 def inner_backward() -> CapabilityError:
-    """The error for a backward pass inside the loss function, after which FSDP has let all parameters go."""
+    """The error for a backward pass inside the loss function, after which FSDP has let all units go."""
     return CapabilityError(
-        "the loss function ran a backward pass of its own (torch.autograd.grad, or .backward()), which fsdp cannot do"
-        ' inside a loss: derivatives there need strategy="functional" or "ddp". A first one with respect to inputs can'
-        " be computed before: torch.autograd.grad over ff.apply(rt, model, x)."
+        "the loss function ran a backward pass of its own (torch.autograd.grad, or .backward()), after which fsdp has"
+        " let its units go. Derivatives inside a loss need strategy=ff.strategies.fsdp(units=None), which gathers the"
+        ' whole model at once, or "functional", or "ddp". A first one with respect to inputs can be computed before:'
+        " torch.autograd.grad over ff.apply(rt, model, x)."
     )
 
 

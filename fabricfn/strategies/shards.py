@@ -125,9 +125,10 @@ def anywhere(reached: list[list[bool]], world: World) -> list[list[bool]]:
 
 def outside(shards: Shards) -> CapabilityError:
     """The error for a weight that is used where it is not gathered."""
-    units = ", ".join(shards.units[:8]) + (", ..." if shards.units[8:] else "")
+    units = ", ".join(shards.units[:8]) + (", ..." if shards.units[8:] else "") or "the whole net"
     return CapabilityError(
-        f"under fsdp the weights of a unit ({units}) exist only inside the unit's own forward, but the loss function"
-        " uses one elsewhere. Write `with ff.unsharded(rt, net.block): ...` around it, choose other units, or gather"
-        " the whole model at once: strategy=ff.strategies.fsdp(units=None)."
+        f"under fsdp the weights of a unit ({units}) exist only inside the unit's own forward and only as attributes of"
+        " their modules, but the loss function uses one elsewhere, or one that is kept in a list. Write `with"
+        " ff.unsharded(rt, net.block): ...` around it, choose other units, or gather the whole model at once:"
+        " strategy=ff.strategies.fsdp(units=None)."
     )
