@@ -6,8 +6,9 @@ at records; records never are slots.
 """
 
 import dataclasses
+import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -117,3 +118,20 @@ def require_all(frames: Sequence[Frame], grads: Sequence[Sequence[torch.Tensor |
             " Freeze them (requires_grad_(False) before setup_model), or write"
             " value_and_grad(rt, loss_fn, allow_unused=True)."
         )
+
+
+def separate(slots: Iterable[torch.Tensor]) -> int:
+    """Give gradients that share memory memory of their own, before the next micro-batch is added to them.
+
+    Autograd hands out views of one tensor where a sum broadcasts two parameters (`a.unsqueeze(0) + b.unsqueeze(0)`).
+
+    Returns:
+        How many of the slots have a gradient: what is added to these later is added in place.
+    """
+    found = [(slot.grad.data_ptr(), slot.grad, slot) for slot in slots if slot.grad is not None]
+    end = 0
+    for start, grad, slot in sorted(found, key=operator.itemgetter(0)):
+        if start < end:
+            slot.grad = grad.clone()
+        end = max(end, start + grad.numel() * grad.element_size())
+    return len(found)

@@ -17,7 +17,7 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.losses import Buffers, Job, Reduce, Sums, collect, finish
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
-from fabricfn.runs import differentiate, first_index, one_ahead
+from fabricfn.runs import counts_of, differentiate, one_ahead
 from fabricfn.runtimes import Runtime
 
 
@@ -137,15 +137,23 @@ def accumulate(
     # by itself "canonical" adds up what there is, so it asks no strategy for it
     job = checked(rt, loss_fn, has_aux, weighted, allow_unused and not canonical, buffers)
     job = dataclasses.replace(job, allow_unused=allow_unused)
+    in_step = rt.strategy.shard is not None and rt.world.group is not None
 
     def grad_fn(models: Any, microbatches: Iterable[Any], *, rng: Key | None = None) -> tuple[Any, Any]:
         if canonical:
             loss, aux, grads = differentiate_in_tree(rt, job, models, microbatches, rng)
             return (loss if aux is None else (loss, aux)), grads
         key = None
-        if rng is not None:
+        if rng is not None or in_step:
             microbatches = list(microbatches)
-            key = (rng, first_index(len(microbatches), rt.world))
+            counts = counts_of(len(microbatches), rt.world)
+            if in_step and len(set(counts)) > 1:
+                raise ConfigurationError(
+                    f"strategy={rt.strategy.name!r} gathers parameters in every micro-batch, so all ranks need equally"
+                    f" many; they have {counts} (rank {rt.rank} has {len(microbatches)}). Cut the batch of every rank"
+                    " into the same number of parts, for instance with x.tensor_split(k)."
+                )
+            key = None if rng is None else (rng, sum(counts[: rt.rank]))
         loss, aux, grads = differentiate(rt, job, models, one_ahead(microbatches), key)
         return (loss if aux is None else (loss, aux)), grads
 

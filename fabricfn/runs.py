@@ -14,7 +14,7 @@ from torch import nn
 
 from fabricfn import flat
 from fabricfn.binding import acquire, bind_constants, changed_buffers, check_devices, release, transforming
-from fabricfn.engine import Frame
+from fabricfn.engine import Frame, separate
 from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
 from fabricfn.losses import Buffers, Job, Sums, collect, finish
 from fabricfn.precision import autocast_of
@@ -101,7 +101,8 @@ def through(
                 with seeded(rng[0], rt.device, rng[1] + sums.count):
                     run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
             if not (sync or apart):
-                apart = separate(frames)
+                slots = [slot for frame in frames for slot in frame.slots]
+                apart = separate(slots) == sum(sum(frame.trainable) for frame in frames)
         if not sums.count:
             raise ConfigurationError("accumulate got no micro-batch; every rank needs at least one.")
         taken = rt.strategy.gradients(frames, rt.world, allow_unused=job.allow_unused)
@@ -212,31 +213,6 @@ def demand_grad() -> None:
     torch.set_grad_enabled(True)
 
 
-def separate(frames: list[Frame]) -> bool:
-    """Give gradients that share memory memory of their own, before the next micro-batch is added to them.
-
-    Autograd hands out views of one tensor where a sum broadcasts two parameters (`a.unsqueeze(0) + b.unsqueeze(0)`).
-
-    Returns:
-        Whether all have one now: what is added later is added in place.
-    """
-    slots = [slot for frame in frames for slot in frame.slots if slot.grad is not None]
-    end = 0
-    for slot in sorted(slots, key=start_of):
-        grad = slot.grad
-        assert grad is not None
-        start = grad.data_ptr()
-        if start < end:
-            slot.grad = grad.clone()
-        end = max(end, start + grad.numel() * grad.element_size())
-    return len(slots) == sum(sum(frame.trainable) for frame in frames)
-
-
-def start_of(slot: nn.Parameter) -> int:
-    """The address of a slot's gradient."""
-    return 0 if slot.grad is None else slot.grad.data_ptr()
-
-
 def abandon(frame: Frame) -> None:
     """After an exception: no gradient stays behind, and an engine with state is made again before its next use."""
     for slot, trainable in zip(frame.slots, frame.trainable, strict=True):
@@ -256,12 +232,12 @@ def one_ahead(microbatches: Iterable[Any]) -> Iterator[Microbatch]:
         yield as_args(item), {}, True
 
 
-def first_index(count: int, world: World) -> int:
-    """The index of this rank's first micro-batch in the global batch: how many the lower ranks have together."""
+def counts_of(count: int, world: World) -> list[int]:
+    """How many micro-batches each rank has. Every rank must call it."""
     if world.group is None:
-        return 0
+        return [count]
     (counts,) = flat.all_gather([torch.tensor(count, device=world.device)], world.group)
-    return int(counts[: world.rank].sum())
+    return cast("list[int]", counts.tolist())
 
 
 def as_args(item: Any) -> tuple[Any, ...]:

@@ -35,6 +35,9 @@ from fabricfn.tree import tree_leaves
 DIGESTED = 4096
 """So many bytes of a tensor count in a digest."""
 
+SHIFT = 1 << 63
+"""Between a key's bits and the signed integers that tensors hold."""
+
 
 class Share(IterableDataset[Any]):
     """What one rank keeps of a user's iterable dataset: lists of samples, one a step."""
@@ -96,7 +99,7 @@ class Share(IterableDataset[Any]):
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         bits, epoch, index = cast("list[int]", self.start.tolist())
-        return self._kept(Key(bits + (1 << 63)), epoch, index, worker, num_workers, inside=info is not None)
+        return self._kept(Key(bits + SHIFT), epoch, index, worker, num_workers, inside=info is not None)
 
     def _kept(self, key: Key, epoch: int, index: int, worker: int, num_workers: int, *, inside: bool) -> Iterator[Any]:
         digests, deal, seeded = self.digests, self.deal, self.seeded and inside
@@ -106,7 +109,7 @@ class Share(IterableDataset[Any]):
             tell_epoch(self.dataset, epoch)
             samples: Iterator[Any] = iter(self.dataset)
             first = list(itertools.islice(samples, 1))
-        digests[worker] = torch.tensor([key.seed, sample_digest(first[0]) if first else 0])
+        digests[worker] = torch.tensor([key.bits - SHIFT, sample_digest(first[0]) if first else 0])
         states = [get_state(one) for one in GLOBAL] if seeded else []
         steps = dealt(itertools.chain(first, samples), deal, self.rank, index)
         step, ahead = worker, worker
@@ -126,8 +129,8 @@ class Share(IterableDataset[Any]):
 
 
 def stream_seed(cursor: Cursor) -> int:
-    """The number that stands for one epoch of a stream, and seeds it."""
-    return stream(cursor.seed, cursor.epoch, "stream").seed
+    """The number that stands for one epoch of a stream, and seeds it: the key, as a signed integer."""
+    return stream(cursor.seed, cursor.epoch, "stream").bits - SHIFT
 
 
 def dealt(samples: Iterator[Any], deal: Deal, rank: int, start: int) -> Iterator[Any]:

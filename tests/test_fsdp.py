@@ -288,6 +288,43 @@ def test_micro_batches_are_one_batch(ranks, alone):
             close(grads, oracle)
 
 
+def uneven(rt):
+    rt = sharded(rt)
+    model = ff.setup_model(rt, made())
+    batch = mine(rt, data())
+    with pytest.raises(ff.ConfigurationError, match=rf"equally many; they have \[1, 2\] \(rank {rt.rank} has"):
+        ff.accumulate(rt, mse)(model, [batch] * (rt.rank + 1))
+    ff.accumulate(rt, mse)(model, [batch] * 2)
+
+
+def test_other_numbers_of_micro_batches_are_refused_on_every_rank(processes):
+    processes.run(uneven)
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        return x * (self.a.unsqueeze(0) + self.b.unsqueeze(0)).sum(0)  # autograd gives both one gradient
+
+
+def twins(rt):
+    rt = sharded(rt)
+    x, y = mine(rt, data(24))
+    _, grads = ff.accumulate(rt, lambda net, x: net(x).sum())(ff.setup_model(rt, Sum()), [(x,), (x,), (y[:, :1],)])
+    return wholes(grads)
+
+
+def test_gradients_that_share_memory_are_added_up_once(processes, alone):
+    for found in processes.run(twins):
+        x, y = data(24)
+        parts = [part.sum(0) / 3 for part in (x, x)] + [y[:, :1].sum() / 3]
+        right = sum(parts) / 2
+        close(found, {"a": right, "b": right})
+
+
 # What it cannot do, and what goes wrong
 
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fabricfn.engine import Box, Frame
+from fabricfn.engine import Box, Frame, separate
 from fabricfn.errors import CapabilityError
 from fabricfn.precision import Precision
 from fabricfn.sharding import REACHED, is_sharded, local_of, with_local
@@ -227,6 +227,9 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
         if "device meta" in str(error):
             raise outside(handles[0]) from error
         raise
+    for shards in handles:
+        if not shards.sync:
+            separate(slot for slot in map(gathered, shards.params) if slot is not None)
 
 
 def inner_backward() -> CapabilityError:
