@@ -190,7 +190,7 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
         except RuntimeError as error:
             if went_back(shards.box):
                 raise inner_backward() from error
-            if "DTensor" in str(error):
+            if "DTensor" in str(error) or "differentiated" in str(error):
                 raise outside(shards) from error
             raise
         if went_back(shards.box):
