@@ -54,6 +54,11 @@ def cut(
         own = {name: slot for name, slot in part._parameters.items() if slot is not None and start + name in slots}
         empty = [name for name, held in (*own.items(), *part._buffers.items()) if held is not None and held.is_meta]
         if empty:
+            if set(own) - set(empty):
+                raise ModelError(
+                    f"{prefix or type(part).__name__} has values for {', '.join(set(own) - set(empty))}, but none for"
+                    f" {', '.join(empty)} (on the meta device). Make all of its parameters there, or none."
+                )
             part = initialised(part, prefix, empty, world.device)  # noqa: PLW2901
             for name in set(empty) - set(own):
                 template.get_submodule(prefix)._buffers[name].copy_(part._buffers[name])  # pyright: ignore

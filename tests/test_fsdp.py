@@ -556,8 +556,16 @@ def nothing(rt):
         ff.setup_model(sharded(rt), module)
 
 
-def test_what_nobody_can_initialise_is_refused(threads):
-    threads.run(nothing, world_size=2)
+def half(rt):
+    module = nn.Linear(5, 3)
+    module.weight = nn.Parameter(module.weight.detach().to("meta"))
+    with pytest.raises(ff.ModelError, match=r"Linear has values for bias, but none for weight"):
+        ff.setup_model(sharded(rt), module)
+
+
+@pytest.mark.parametrize("case", [nothing, half])
+def test_what_nobody_can_initialise_is_refused(threads, case):
+    threads.run(case, world_size=2)
 
 
 # torch

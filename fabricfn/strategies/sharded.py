@@ -207,8 +207,8 @@ def outliving(result: Any, shards: Shards) -> Any:
     homes = {slot.untyped_storage()._cdata for slot in map(gathered, shards.params) if slot is not None}
 
     def kept(leaf: Any) -> Any:
-        own = not isinstance(leaf, torch.Tensor) or is_sharded(leaf) or leaf.untyped_storage()._cdata not in homes
-        return leaf if own else leaf.clone()
+        plain = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not is_sharded(leaf)
+        return leaf.clone() if plain and leaf.untyped_storage()._cdata in homes else leaf
 
     return tree_map(kept, result)
 

@@ -1,6 +1,6 @@
 """Measure everything and write docs/benchmarks.md and docs/benchmarks.json: `python -m tests.benchmarks`.
 
-Every measurement runs in fresh processes of its own, several times; the tables show medians. `--quick` takes seconds,
+Every measurement runs in fresh processes of its own, several times; the tables show medians. `--quick` takes minutes,
 writes nothing and only shows that everything runs.
 """
 
@@ -22,6 +22,7 @@ import fabricfn as ff
 from tests.benchmarks import inputs, randomness, ranks, report, sharded, steps
 
 ROOT = Path(__file__).parents[2]
+FIGURES = ROOT / "docs/benchmarks.json"
 
 
 def on_ranks(function: Any, size: int, strategy: str = "auto", **options: Any) -> Any:
@@ -50,7 +51,23 @@ MEASURES = {
 }
 
 # kind of net, micro-batches a step, rounds
-FSDP = (("linear", 1, 150), ("linear", 8, 40), ("transformer", 1, 40), ("transformer", 8, 10))
+STEPS = ((4, "32-true", 400), (40, "32-true", 120), (4, "bf16-mixed", 300))
+FSDP = (("linear", 1, 60), ("linear", 8, 12), ("transformer", 1, 16), ("transformer", 8, 4))
+
+# key of the report, what to measure, the contender that others are compared with, options, rounds.
+ROWS: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
+    *((f"steps {n} {p}", "steps", "plain", {"layers": n, "precision": p}, r) for n, p, r in STEPS),
+    ("randomness", "randomness", "no key", {"layers": 4}, 400),
+    *((f"ddp {k}", "ddp", "plain", {"layers": 4, "accumulation": k}, r) for k, r in ((1, 300), (8, 120))),
+    *((f"canonical {n}", "canonical", "mean", {"size": n, "layers": 4, "accumulation": 8}, 120) for n in (1, 2)),
+    *((f"fsdp {kind} {k}", "fsdp", "plain", {"kind": kind, "accumulation": k}, r) for kind, k, r in FSDP),
+    ("collectives", "collectives", "loop", {}, 20),
+    ("to_device", "to_device", "bare", {}, 100),
+    ("batches", "batches", "bare", {}, 100),
+    ("stream", "stream", "bare", {}, 40),
+    ("imports", "imports", "import torch", {}, 5),
+    ("first_step", "first_step", "plain", {}, 5),
+)
 
 
 def in_fresh_processes(name: str, repeats: int, **options: Any) -> list[Any]:
@@ -75,34 +92,21 @@ def medians(results: list[dict[str, float]], base: str) -> dict[str, Any]:
     }
 
 
-def measure_all(quick: bool) -> dict[str, Any]:
-    """Every figure of the report."""
+def measure_all(quick: bool, only: str) -> dict[str, Any]:
+    """Every figure of the report; those of the rows that `only` leaves out are the old ones."""
     repeats, divisor = (1, 20) if quick else (3, 1)
-    results: dict[str, Any] = {"machine": machine()}
-    for layers, precision, rounds in ((4, "32-true", 400), (40, "32-true", 120), (4, "bf16-mixed", 300)):
-        found = in_fresh_processes("steps", repeats, layers=layers, precision=precision, rounds=rounds // divisor)
-        results[f"steps {layers} {precision}"] = medians(found, "plain")
-    results["randomness"] = medians(
-        in_fresh_processes("randomness", repeats, layers=4, rounds=400 // divisor), "no key"
-    )
-    for accumulation, rounds in ((1, 300), (8, 120)):
-        found = in_fresh_processes("ddp", repeats, layers=4, accumulation=accumulation, rounds=rounds // divisor)
-        results[f"ddp {accumulation}"] = medians(found, "plain")
-    for size in (1, 2):
-        options = {"size": size, "layers": 4, "accumulation": 8, "rounds": 120 // divisor}
-        results[f"canonical {size}"] = medians(in_fresh_processes("canonical", repeats, **options), "mean")
-    for kind, accumulation, rounds in FSDP:
-        options = {"kind": kind, "accumulation": accumulation, "rounds": max(rounds // divisor, 1)}
-        results[f"fsdp {kind} {accumulation}"] = medians(in_fresh_processes("fsdp", repeats, **options), "plain")
-    found = in_fresh_processes("collectives", repeats, rounds=max(20 // divisor, 2))
-    for name in found[0]:
-        results[f"collectives {name}"] = medians([result[name] for result in found], "loop")
-    results["to_device"] = medians(in_fresh_processes("to_device", repeats, rounds=100 // divisor), "bare")
-    results["batches"] = medians(in_fresh_processes("batches", repeats, rounds=100 // divisor), "bare")
-    results["stream"] = medians(in_fresh_processes("stream", repeats, rounds=max(40 // divisor, 2)), "bare")
-    rounds = 1 if quick else 5
-    results["imports"] = medians(in_fresh_processes("imports", 1, rounds=rounds), "import torch")
-    results["first_step"] = medians(in_fresh_processes("first_step", 1, rounds=rounds), "plain")
+    results: dict[str, Any] = json.loads(FIGURES.read_text()) if only else {}
+    results["machine"] = machine()
+    for key, name, base, options, rounds in ROWS:
+        if not key.startswith(only):
+            continue
+        times = 1 if name in ("imports", "first_step") else repeats
+        found = in_fresh_processes(name, times, **options, rounds=max(rounds // divisor, 1))
+        if isinstance(found[0][next(iter(found[0]))], dict):  # several figures of one measurement
+            for part in found[0]:
+                results[f"{key} {part}"] = medians([result[part] for result in found], base)
+        else:
+            results[key] = medians(found, base)
     return results
 
 
@@ -126,18 +130,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds; print the page instead of writing it")
     parser.add_argument("--measure", nargs=2, metavar=("NAME", "JSON"), help="one measurement, in this process")
+    parser.add_argument("--only", default="", metavar="ROW", help="measure the rows that begin so, keep the others")
     args = parser.parse_args()
     if args.measure:
         torch.set_num_threads(1)
         name, options = args.measure
         print(json.dumps(MEASURES[name](**json.loads(options))))
         return
-    results = measure_all(args.quick)
+    results = measure_all(args.quick, args.only)
     page = report.render(results)
     if args.quick:
         print(page)
         return
-    (ROOT / "docs/benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
+    FIGURES.write_text(json.dumps(results, indent=1) + "\n")
     (ROOT / "docs/benchmarks.md").write_text(page)
     print("wrote docs/benchmarks.md and docs/benchmarks.json")
 
