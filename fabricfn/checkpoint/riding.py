@@ -9,10 +9,13 @@ import pickle
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
+
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.manifest import DEPTH_LIMIT, class_of, path_text
 from fabricfn.checkpoint.outline import Path, listing
 from fabricfn.errors import CheckpointError, MismatchError
+from fabricfn.tree import tree_map
 from fabricfn.world import World
 
 STATES = "states_by_rank"
@@ -60,7 +63,12 @@ def with_states(world: World, what: str, tree: Any) -> Any:
     if not found:
         return tree
     names = [path_text(path) for path in found]
-    answers = together(world, what, lambda: (None, (STATES, names, [one.state_dict() for one in found.values()])))[1]
+
+    def own() -> tuple[None, tuple[str, list[str], list[tuple[Any, bytes]]]]:
+        states = [one.state_dict() for one in found.values()]
+        return None, (STATES, names, [(state, _text(state)) for state in states])
+
+    answers = together(world, what, own)[1]
     if any(type(answer) is not tuple or answer[:2] != (STATES, names) for answer in answers):
         raise MismatchError(
             f"{what}: every rank must save the same entries, but not all have objects with a state_dict at"
@@ -70,10 +78,22 @@ def with_states(world: World, what: str, tree: Any) -> Any:
     return replaced(tree, {path: {STATES: _once(list(states))} for path, states in zip(found, by_place, strict=True)})
 
 
-def _once(states: list[Any]) -> list[Any]:
-    # Compared after a round trip: what travelled shares fewer objects with itself than what did not.
-    texts = {pickle.dumps(pickle.loads(pickle.dumps(state))) for state in states}
-    return states[:1] if len(texts) == 1 else states
+def _text(state: Any) -> bytes:
+    """What equal states agree in; each rank makes its own, so that all ranks compare the same."""
+    plain = tree_map(_contents, state)
+    return pickle.dumps(pickle.loads(pickle.dumps(plain)))  # a round trip: what it shares with itself is as it travels
+
+
+def _contents(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    # pickled tensors name their memory's address
+    return str(leaf.dtype), tuple(leaf.shape), leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def _once(states: list[tuple[Any, bytes]]) -> list[Any]:
+    own = [state for state, _ in states]
+    return own[:1] if len({text for _, text in states}) == 1 else own
 
 
 def put_back(world: World, like: Any, tree: Any) -> Any:
