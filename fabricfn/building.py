@@ -96,7 +96,8 @@ def build(
         return make_frame(net, strategy.attach(net, world, rt.precision, frozen=frozen))
 
     def grow(frozen: bool) -> Frame:
-        return finish(copy_module(template, lambda slot: slot, torch.clone, frozen=frozen), frozen)
+        # `.data`: what is detached shares its version counter, and binding this frame would spoil graphs of others
+        return finish(copy_module(template, lambda slot: slot.data, torch.clone, frozen=frozen), frozen)
 
     def mend(frame: Frame) -> None:
         if strategy.reset is not None:

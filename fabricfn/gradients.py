@@ -170,7 +170,8 @@ def value(
 
     Returns:
         `value_fn(models, *args, rng=None, **kwargs) -> loss`, or `(loss, aux)` with has_aux. Changes of buffers are
-        dropped. Under `weighted` every rank must call it and gets the same number. For an exact mean over a whole data
+        dropped. Under `weighted` every rank must call it and gets the same number; under fsdp every rank must call it,
+        in any case, and go through the net equally often. For an exact mean over a whole data
         set pass `ff.batches(rt, loader)` as the argument and let loss_fn go through it, adding up (sum, weight) in
         float64. `rng` as in `value_and_grad`.
 

@@ -121,7 +121,8 @@ def apply(
     """Compute with a model: `net(*args, **kwargs)`, under the strategy and the precision of the runtime.
 
     Parameters are constants: gradients flow to the inputs only. What the forward pass does to buffers is dropped. A
-    `Model` among the arguments arrives as a net, too. Not collective.
+    `Model` among the arguments arrives as a net, too. Not collective, except under a strategy that shards (fsdp): there
+    every rank must call it, equally often, since parameters are gathered on the way.
 
     Args:
         model: the values to compute with.

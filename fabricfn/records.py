@@ -16,6 +16,7 @@ from fabricfn.engine import Engine
 from fabricfn.errors import GradientError
 from fabricfn.leases import NO_LEASE, Lease, Place, bump, increment_version, versions_of
 from fabricfn.scaling import LossScale
+from fabricfn.sharding import is_sharded, local_of, with_local
 from fabricfn.tree import register
 
 
@@ -147,7 +148,17 @@ class Grads:
 
     def __reduce__(self) -> tuple[Any, ...]:
         new_buffers = None if self.new_buffers is None else dict(self.new_buffers)
-        return (_grads, (dict(self.params), new_buffers, self.ref, self.loss_scale))
+        # torch cannot copy or pickle a DTensor whose part is a view, as FSDP makes them
+        params = {name: _apart(grad) for name, grad in self.params.items()}
+        return (_grads, (params, new_buffers, self.ref, self.loss_scale))
+
+    def __repr__(self) -> str:
+        count = sum(getattr(leaf, "numel", int)() for leaf in self.params.values())
+        return f"Grads({len(self.params)} params, {count:,} numbers)"
+
+
+def _apart(grad: torch.Tensor | None) -> torch.Tensor | None:
+    return with_local(grad, local_of(grad).clone()) if grad is not None and is_sharded(grad) else grad
 
 
 def _grads(params: Any, new_buffers: Any, ref: Ref, loss_scale: LossScale | None = None) -> Grads:

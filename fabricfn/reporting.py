@@ -11,6 +11,8 @@ import torch.distributed as dist
 from fabricfn.errors import LaunchError
 from fabricfn.failures import Failure, exception_of, record
 from fabricfn.runtimes import Runtime
+from fabricfn.sharding import refusal
+from fabricfn.tree import tree_leaves
 
 T = TypeVar("T")
 
@@ -107,6 +109,8 @@ def rank_zero_first(rt: Runtime) -> Generator[None]:
 
 
 def _pickled(result: Any) -> bytes:
+    if problem := refusal(tree_leaves(result)):
+        raise LaunchError(f"run_once: {problem}.")
     try:
         return pickle.dumps(result)
     except Exception as error:

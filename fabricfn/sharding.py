@@ -93,6 +93,16 @@ def sharded_as(like: Any, whole: torch.Tensor) -> torch.Tensor:
     return placed
 
 
+def refusal(tree_leaves: Iterable[Any]) -> str | None:
+    """Why leaves cannot be sent to other ranks as objects: a rank's part would pose as the part of another."""
+    if not any(map(is_sharded, tree_leaves)):
+        return None
+    return (
+        "a DTensor holds this rank's part and cannot travel to other ranks. Gather it: ff.gather_params(rt, model), or"
+        " value.full_tensor(), which every rank must call"
+    )
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, on every rank of its mesh. Every one of these ranks must call it, in the same order."""
     whole: Any = tensor

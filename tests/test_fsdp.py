@@ -1,6 +1,8 @@
 """The strategy fsdp on torch's real `fully_shard`: against `single`, in thread and process worlds."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -473,6 +475,29 @@ def test_apply_computes_with_any_record_and_gradients_flow_to_inputs(ranks, alon
     for found in ranks.run(computing):
         for ours, theirs in zip(found, right, strict=True):
             torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0, atol=1e-12)
+
+
+def numbers(rt):
+    rt = sharded(rt)
+    model = ff.setup_model(rt, made())
+    _, grads = ff.value_and_grad(rt, mse)(model, *mine(rt, data()))
+
+    def norm(net, *_):
+        return sum(slot.square().sum() for slot in net.blocks.parameters())
+
+    for call in (lambda: ff.apply(rt, model, method=norm), lambda: ff.value(rt, norm)(model, *data())):
+        with pytest.raises(ff.CapabilityError, match="use"):
+            call()
+    for send in (ff.all_gather_object, lambda rt, tree: ff.run_once(rt, lambda: tree)):
+        with pytest.raises(ff.FabricfnError, match="holds this rank's part"):
+            send(rt, {"w": model.params["out.weight"]})
+    for copied in (copy.deepcopy(grads), pickle.loads(pickle.dumps(grads))):
+        close(wholes(copied), wholes(grads), 0)
+    assert repr(grads).startswith("Grads(18 params, ") and len(repr(grads)) < 40
+
+
+def test_parts_do_not_pose_as_wholes(processes):
+    processes.run(numbers)
 
 
 def meaning(rt):

@@ -305,3 +305,18 @@ def test_copying_too_late_is_refused(rt, model, use):
     donated_step(rt, model)
     with pytest.raises(ff.DonatedError, match=r"donate=True at test_leases\.py"):
         use(model)
+
+
+def test_a_teacher_computes_in_the_middle_of_a_loss(rt, model):
+    """Binding another record does not touch the versions that the graph under way has seen."""
+
+    def loss(net, teacher):
+        out = net(X) * net[0].weight.sum()
+        return (out - ff.apply(rt, teacher, X)).square().mean()
+
+    for factor in (0.5, 0.25):
+        teacher = ff.map_params(lambda a, factor=factor: factor * a, model)
+        _, grads = ff.value_and_grad(rt, lambda net, one=teacher: loss(net, one))(model)
+        plain, fixed = ff.to_module(rt, model), ff.to_module(rt, teacher)
+        (plain(X) * plain[0].weight.sum() - fixed(X).detach()).square().mean().backward()
+        torch.testing.assert_close(whole(grads.params["0.weight"]), plain[0].weight.grad, rtol=0, atol=1e-12)

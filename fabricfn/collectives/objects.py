@@ -9,6 +9,8 @@ from fabricfn.collectives.messages import all_gather_bytes
 from fabricfn.collectives.parcels import words_device
 from fabricfn.errors import ConfigurationError
 from fabricfn.runtimes import Runtime
+from fabricfn.sharding import refusal
+from fabricfn.tree import tree_leaves
 
 
 def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
@@ -64,6 +66,8 @@ def pickled(obj: Any) -> bytes:
     Raises:
         ConfigurationError: it cannot be pickled.
     """
+    if problem := refusal(tree_leaves(obj)):
+        raise ConfigurationError(f"{problem}.")
     try:
         return pickle.dumps(obj)
     except Exception as error:  # whatever a __reduce__ raises

@@ -175,7 +175,8 @@ def _refusal(tensor: torch.Tensor) -> str | None:
     if tensor.layout is not torch.strided:
         return f"a tensor of layout {tensor.layout}; pass tensor.to_dense()."
     if type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor):
-        return f"a {type(tensor).__qualname__}, which is spread over devices or wrapped; pass a plain tensor."
+        kind = type(tensor).__qualname__
+        return f"a {kind}, spread over devices or wrapped; pass a plain tensor (ff.gather_params, .full_tensor())."
     if tensor.is_meta:
         return "a meta tensor, which has no values."
     return "a quantized tensor; pass tensor.dequantize()." if tensor.is_quantized else None

@@ -207,6 +207,8 @@ def outliving(result: Any, shards: Shards) -> Any:
     homes = {slot.untyped_storage()._cdata for slot in map(gathered, shards.params) if slot is not None}
 
     def kept(leaf: Any) -> Any:
+        if is_sharded(leaf) and (leaf.dim() == 0 or any(one.is_partial() for one in leaf.placements)):
+            raise outside(shards)  # a number made of weights that are not gathered
         plain = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not is_sharded(leaf)
         return leaf.clone() if plain and leaf.untyped_storage()._cdata in homes else leaf
 
