@@ -213,8 +213,8 @@ def taught(net, x, y, teacher):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"units": None}, {"units": nn.Linear}, {"reshard_after_forward": False}],
-    ids=["auto", "one unit", "every linear", "kept"],
+    [{}, {"units": None}, {"units": nn.Linear}, {"reshard_after_forward": False}, {"reshard_after_forward": 2}],
+    ids=["auto", "one unit", "every linear", "kept", "kept by pairs"],
 )
 def test_any_loss_gives_the_gradients_of_single(ranks, alone, options):
     model = ff.setup_model(alone, made())
@@ -535,6 +535,21 @@ def test_mixed_precision_gathers_in_the_low_dtype_and_keeps_the_high_one(ranks, 
             if grad is not None:
                 assert found[name].dtype is torch.float32
                 torch.testing.assert_close(found[name].double(), grad, rtol=0.05, atol=0.05)
+
+
+def reducing(rt):
+    precision = ff.Precision(reduce_dtype=torch.bfloat16)
+    rt = dataclasses.replace(rt, strategy=ff.strategies.fsdp(), precision=precision)
+    model = ff.setup_model(rt, made().float())
+    return wholes(ff.value_and_grad(rt, mse)(model, *(part.float() for part in mine(rt, data())))[1])
+
+
+def test_gradients_are_reduced_in_the_dtype_that_is_asked_for(processes, alone):
+    oracle = expected(alone, mse)
+    for found in processes.run(reducing):
+        assert found["inp.weight"].dtype is torch.float32
+        gap = max((found[name].double() - grad).abs().max() for name, grad in oracle.items() if grad is not None)
+        assert 1e-5 < gap < 0.05, "bfloat16 holds 8 bits"
 
 
 # Models that are made without values
