@@ -66,6 +66,7 @@ Wall time under fsdp, against hand-written `fully_shard` of every block and the 
 `ModelParallelStrategy` calls the same. Blocks: `Linear(256, 256)` and gelu, batch 16 a rank;
 `TransformerEncoderLayer(256, 4, 1024)`, batch 8 of 64 tokens a rank. Of 8 micro-batches the last one reduces gradients.
 Asked for FSDP2 on CPU ranks, Accelerate takes DDP without a word; here its state is set to FSDP2 by hand.
+fabricfn gathers ahead on CPU (an option of torch's that the others leave off) and steps on the local parts.
 """
 
 
