@@ -19,7 +19,7 @@ from fabricfn.errors import DataError
 from fabricfn.tree import tree_leaves
 from fabricfn.world import World
 
-MAX_AHEAD = 64
+MAX_AHEAD = 256
 """So many batches at most are read ahead for one vote, ..."""
 MAX_BYTES = 8 << 20
 """... but only so many bytes, ..."""
