@@ -62,8 +62,8 @@ def setup_dataloader(
             dataset: joins them). "drop" leaves it out; a loader with `drop_last=True` means "drop".
         seed_workers: seed the global generators of torch, numpy and Python in workers from (seed, epoch, place of the
             batch), anew for every batch: the same run gives the same augmentations with any number of workers, with
-            persistent ones, and when it goes on at a cursor. With `batch_size=None` only when the workers start. False
-            leaves them to torch and to `worker_init_fn`.
+            persistent ones, and when it goes on at a cursor. With `batch_size=None` only when the workers start, so
+            persistent ones are refused. False leaves them to torch and to `worker_init_fn`.
 
     Returns:
         A new DataLoader of the same class; on every rank its own share.
@@ -138,6 +138,12 @@ def _set_up(rt: Runtime, loader: DataLoader[T], shard: bool, tail: Tail, seed_wo
         feed = make_feed(rt, loader, tail, seed_workers)
         fields |= {FEED: feed, "sampler" if feed.ready else "batch_sampler": feed}
         if seed_workers:
+            if feed.ready and feed.share is None and loader.persistent_workers:
+                raise ConfigurationError(
+                    "with batch_size=None workers are seeded when they start, so persistent ones would go on with the"
+                    " seeds of the first epoch. Build the DataLoader with persistent_workers=False, or leave the seeds"
+                    " to it: ff.setup_dataloader(rt, loader, seed_workers=False)."
+                )
             fields["generator"] = feed.generator
         if feed.share is not None:
             # It yields the lists of samples of whole batches, which DataLoader then only collates.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import fabricfn as ff
 from fabricfn.data import batches, setup_dataloader
 from fabricfn.precision import Precision
 from fabricfn.records import Cursor
@@ -147,3 +148,11 @@ def test_datasets_that_take_a_batch_at_once():
         for num in (1, 2)
     )
     assert torch.equal(one, two)
+
+
+def test_workers_that_persist_cannot_be_seeded_anew_without_batches():
+    rt = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
+    loader = DataLoader(range(4), batch_size=None, num_workers=1, persistent_workers=True)
+    with pytest.raises(ff.ConfigurationError, match="persistent_workers=False"):
+        ff.setup_dataloader(rt, loader)
+    ff.setup_dataloader(rt, loader, seed_workers=False)
