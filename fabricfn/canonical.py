@@ -22,7 +22,7 @@ from fabricfn.ledgers import IMPOSSIBLE, Entry, Ledger, add_leaf, open_ledger
 from fabricfn.losses import Buffers, Job, Sums
 from fabricfn.random import Key, seeded
 from fabricfn.records import Model
-from fabricfn.runs import Microbatch, abandon, as_args, demand_grad, differentiate, flatten_models, run_one
+from fabricfn.runs import Microbatch, as_args, differentiate, flatten_models, run_one
 from fabricfn.runtimes import Runtime
 from fabricfn.world import World
 
@@ -58,26 +58,15 @@ def through(
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of each micro-batch apart, then the tree: (loss, aux, gradients)."""
     ledger = open_ledger(frames, models, averaged=buffers == "mean", dtype=rt.precision.reduce_dtype)
-    grad_enabled = torch.is_grad_enabled()
-    try:
-        if not grad_enabled:
-            demand_grad()
-        for place, (args, kwargs, _) in enumerate(microbatches, rt.rank * count):
-            sums = Sums(aux=ledger.aux, scale=scaled.scale)
-            with contextlib.nullcontext() if rng is None else seeded(rng[0], rt.device, place):
-                run_one(rt, job, frames, spec, args, kwargs, False, 1.0, sums)
-            ledger.losses.append(sums.loss)
-            ledger.weights.append(sums.weight)
-            ledger.aux = sums.aux
-            add_leaf(ledger, place, rt.strategy.local_gradients(frames), frames, models)
-        loss, taken = settle(rt.world, job, ledger, frames, buffers, count, scaled.scale or 1)
-    except BaseException:
-        for frame in frames:
-            abandon(frame)
-        raise
-    finally:
-        if not grad_enabled:
-            torch.set_grad_enabled(False)
+    for place, (args, kwargs, _) in enumerate(microbatches, rt.rank * count):
+        sums = Sums(aux=ledger.aux, scale=scaled.scale)
+        with contextlib.nullcontext() if rng is None else seeded(rng[0], rt.device, place):
+            run_one(rt, job, frames, spec, args, kwargs, False, 1.0, sums)
+        ledger.losses.append(sums.loss)
+        ledger.weights.append(sums.weight)
+        ledger.aux = sums.aux
+        add_leaf(ledger, place, rt.strategy.local_gradients(frames), frames, models)
+    loss, taken = settle(rt.world, job, ledger, frames, buffers, count, scaled.scale or 1)
     return loss, ledger.aux, taken
 
 

@@ -50,7 +50,7 @@ def cut(
     """
     values: dict[str, torch.Tensor] = {}
     for prefix, part in named_modules(module):
-        start = f"{prefix}." if prefix else ""
+        start, source = f"{prefix}." if prefix else "", part
         own = {name: slot for name, slot in part._parameters.items() if slot is not None and start + name in slots}
         empty = [name for name, held in (*own.items(), *part._buffers.items()) if held is not None and held.is_meta]
         if empty:
@@ -59,10 +59,10 @@ def cut(
                     f"{prefix or type(part).__name__} has values for {', '.join(set(own) - set(empty))}, but none for"
                     f" {', '.join(empty)} (on the meta device). Make all of its parameters there, or none."
                 )
-            part = initialised(part, prefix, empty, world.device)  # noqa: PLW2901
+            source = initialised(part, prefix, empty, world.device)
             for name in set(empty) - set(own):
-                template.get_submodule(prefix)._buffers[name].copy_(part._buffers[name])  # pyright: ignore
-        wholes = {start + name: place(part._parameters[name].detach()).contiguous() for name in own}  # pyright: ignore
+                template.get_submodule(prefix).get_buffer(name).copy_(source.get_buffer(name))
+        wholes = {start + name: place(source.get_parameter(name).detach()).contiguous() for name in own}
         take_first(world, list(wholes.values()))
         values.update({name: shard(whole, slots[name]) for name, whole in wholes.items()})
     return {name: values[name] for name in slots}

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fabricfn import flat
@@ -60,7 +59,7 @@ def differentiate(
             for slot in frames[-1].slots:
                 if slot.grad is not None:  # a graph that the user kept went back after its run
                     slot.grad = None
-        loss, aux, taken = (passes or through)(rt, job, frames, spec, microbatches, rng, sums)
+        loss, aux, taken = guarded(passes or through, rt, job, frames, spec, microbatches, rng, sums)
         changed: list[dict[str, torch.Tensor]] | None = None
         if [frame for frame in frames if frame.places or frame.absent]:
             changed = [changed_buffers(frame, model) for frame, model in zip(frames, leaves, strict=True)]
@@ -78,6 +77,22 @@ def differentiate(
     return loss, aux, grads[0] if spec is None else tree_unflatten(spec, grads)
 
 
+def guarded(passes: Callable[..., Any], rt: Runtime, job: Job, frames: list[Frame], *rest: Any) -> Any:
+    """`passes` with gradients on, whatever mode the caller is in; a run that fails leaves whole frames behind."""
+    grad_enabled = torch.is_grad_enabled()
+    try:
+        if not grad_enabled:
+            demand_grad()
+        return passes(rt, job, frames, *rest)
+    except BaseException:
+        for frame in frames:
+            abandon(frame)
+        raise
+    finally:
+        if not grad_enabled:
+            torch.set_grad_enabled(False)
+
+
 def through(
     rt: Runtime,
     job: Job,
@@ -89,31 +104,20 @@ def through(
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of all micro-batches: (loss, aux, gradients), the mean over all of them and all ranks."""
     apart = False
-    grad_enabled = torch.is_grad_enabled()
-    try:
-        if not grad_enabled:
-            demand_grad()
-        for args, kwargs, sync in microbatches:
-            share = 1 / (sums.count + 1) if sync and sums.count and not job.weighted else 1.0
-            if rng is None:
+    for args, kwargs, sync in microbatches:
+        share = 1 / (sums.count + 1) if sync and sums.count and not job.weighted else 1.0
+        if rng is None:
+            run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
+        else:
+            with seeded(rng[0], rt.device, rng[1] + sums.count):
                 run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
-            else:
-                with seeded(rng[0], rt.device, rng[1] + sums.count):
-                    run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
-            if not (sync or apart):
-                slots = [slot for frame in frames for slot in frame.slots]
-                apart = separate(slots) == sum(sum(frame.trainable) for frame in frames)
-        if not sums.count:
-            raise ConfigurationError("accumulate got no micro-batch; every rank needs at least one.")
-        taken = rt.strategy.gradients(frames, rt.world, allow_unused=job.allow_unused)
-        loss, factor = finish(job, sums, rt.world)
-    except BaseException:
-        for frame in frames:
-            abandon(frame)
-        raise
-    finally:
-        if not grad_enabled:
-            torch.set_grad_enabled(False)
+        if not (sync or apart):
+            slots = [slot for frame in frames for slot in frame.slots]
+            apart = separate(slots) == sum(sum(frame.trainable) for frame in frames)
+    if not sums.count:
+        raise ConfigurationError("accumulate got no micro-batch; every rank needs at least one.")
+    taken = rt.strategy.gradients(frames, rt.world, allow_unused=job.allow_unused)
+    loss, factor = finish(job, sums, rt.world)
     if factor is not None:
         taken = scale(taken, factor)
     return loss, sums.aux, taken
@@ -180,9 +184,8 @@ def agreed(
     """
     assert world.group is not None
     names = [(index, name) for index, one in enumerate(old) for name in one]
-    mask = torch.tensor([name in changed[index] for index, name in names], dtype=torch.uint8, device=world.device)
-    dist.all_reduce(mask, dist.ReduceOp.MAX, group=world.group)
-    chosen = [place for place, some in zip(names, cast("list[int]", mask.tolist()), strict=True) if some]
+    somewhere = flat.anywhere([name in changed[index] for index, name in names], world.group, world.device)
+    chosen = [place for place, there in zip(names, somewhere, strict=True) if there]
     mine = [changed[index].get(name, old[index][name]) for index, name in chosen]
     averaged = [buffers == "mean" and tensor.is_floating_point() for tensor in mine]
     means = iter(flat.all_reduce_mean([t for t, mean in zip(mine, averaged, strict=True) if mean], world.group))

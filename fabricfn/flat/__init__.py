@@ -26,6 +26,7 @@ from fabricfn.flat.pairwise import (
 from fabricfn.flat.reducing import (
     all_reduce as all_reduce,
     all_reduce_mean as all_reduce_mean,
+    anywhere as anywhere,
     reduce_scatter as reduce_scatter,
 )
 from fabricfn.flat.wire import HALVES as HALVES, Group as Group

@@ -1,5 +1,8 @@
 """Arithmetic over ranks on lists of tensors."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.distributed as dist
 
@@ -64,3 +67,11 @@ def reduce_scatter(tensors: Tensors, group: Group, op: str) -> list[torch.Tensor
         shapes = [torch.Size((tensor.shape[0] // size, *tensor.shape[1:])) for tensor in part]
         split(buffer, shapes, places, results)
     return complete(results)
+
+
+def anywhere(flags: Sequence[bool], group: Group, device: torch.device) -> list[bool]:
+    """Which of the flags are set on some rank."""
+    both = torch.tensor(flags, dtype=torch.uint8, device=device)
+    if group is not None:
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in cast("list[int]", both.tolist())]

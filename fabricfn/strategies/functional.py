@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call
 
 from fabricfn.engine import Box, Frame, require_all
 from fabricfn.errors import CapabilityError
-from fabricfn.flat import all_reduce_mean
+from fabricfn.flat import all_reduce_mean, anywhere
 from fabricfn.precision import Precision
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
@@ -121,11 +120,10 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
     flat = [grad for grads in taken for grad in grads]
     slots = [slot for frame in frames for slot in frame.slots]
     if allow_unused:
-        used = torch.tensor([grad is not None for grad in flat], dtype=torch.uint8, device=world.device)
-        dist.all_reduce(used, dist.ReduceOp.MAX, group=world.group)
+        used = anywhere([grad is not None for grad in flat], world.group, world.device)
         flat = [
             torch.zeros_like(slot) if somewhere and grad is None else grad
-            for grad, slot, somewhere in zip(flat, slots, cast("list[int]", used.tolist()), strict=True)
+            for grad, slot, somewhere in zip(flat, slots, used, strict=True)
         ]
     means = iter(mean_in(handles[0].reduce_dtype, [grad for grad in flat if grad is not None], world.group))
     reduced = iter([None if grad is None else next(means) for grad in flat])

@@ -32,7 +32,7 @@ from fabricfn.strategies.torch_fsdp import (
     went_back,
 )
 from fabricfn.strategies.units import Units, plan
-from fabricfn.strategy import Strategy
+from fabricfn.strategy import Strategy, point as point_whole
 from fabricfn.tree import tree_map
 from fabricfn.world import World
 
@@ -138,8 +138,7 @@ def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
     """Let the shards of the frame be those of the values."""
     shards: Shards | None = frame.handle
     if shards is None:
-        for slot, value in zip(frame.slots, values, strict=True):
-            slot.data = value
+        point_whole(frame, values)
         return
     cut: list[tuple[Any, torch.Tensor, str]] = []
     for param, slot, value, name in zip(shards.params, frame.slots, values, frame.names, strict=True):

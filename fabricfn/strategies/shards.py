@@ -7,14 +7,13 @@ was reached is therefore noted here.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fabricfn.engine import Frame, require_all
 from fabricfn.errors import CapabilityError
-from fabricfn.flat import all_reduce_mean
+from fabricfn.flat import all_reduce_mean, anywhere
 from fabricfn.sharding import local_of
 from fabricfn.strategies.single import gradients as take
 from fabricfn.strategies.torch_fsdp import close, gathered
@@ -80,7 +79,8 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
         shards.used.clear()
         taken.append(times(grads, shards.share))
     if allow_unused:
-        reached = anywhere(reached, world)
+        found = iter(anywhere([there for mask in reached for there in mask], world.group, world.device))
+        reached = [[next(found) for _ in mask] for mask in reached]
     for grads, there in zip(taken, reached, strict=True):
         grads[:] = [grad if some else None for grad, some in zip(grads, there, strict=True)]
     if not allow_unused:
@@ -113,14 +113,6 @@ def times(grads: list[torch.Tensor | None], share: float) -> list[torch.Tensor |
     if share != 1 and present:
         _kernels._foreach_mul_(present, share)
     return grads
-
-
-def anywhere(reached: list[list[bool]], world: World) -> list[list[bool]]:
-    """Which slots some rank's loss depends on."""
-    flat = torch.tensor([there for mask in reached for there in mask], dtype=torch.uint8, device=world.device)
-    dist.all_reduce(flat, dist.ReduceOp.MAX, group=world.group)
-    found = iter(cast("list[int]", flat.tolist()))
-    return [[bool(next(found)) for _ in mask] for mask in reached]
 
 
 def outside(shards: Shards) -> CapabilityError:
