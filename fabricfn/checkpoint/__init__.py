@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fabricfn.checkpoint.jobs import Receipt as Receipt
     from fabricfn.checkpoint.listing import (
         Entry as Entry,
         Summary as Summary,
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
         verify_checkpoint as verify_checkpoint,
     )
     from fabricfn.checkpoint.loading import Loaded as Loaded, load as load
-    from fabricfn.checkpoint.saving import Receipt as Receipt, save as save
+    from fabricfn.checkpoint.saving import save as save
 else:
     # Looking at checkpoints imports no torch, so the functions are not imported all at once.
     _FILES = {
-        "saving": ("save", "Receipt"),
+        "saving": ("save",),
+        "jobs": ("Receipt",),
         "loading": ("load", "Loaded"),
         "listing": (
             *("latest", "list_checkpoints", "verify_checkpoint", "inspect_checkpoint"),

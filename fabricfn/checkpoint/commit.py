@@ -17,8 +17,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fabricfn.checkpoint.manifest import DATA, FILE_NAME, MANIFEST
-from fabricfn.checkpoint.writing import sync_folder
+from fabricfn.checkpoint.manifest import DATA, FILE_NAME, MANIFEST, Manifest, to_bytes
+from fabricfn.checkpoint.writing import sync_folder, write_file
 from fabricfn.errors import CheckpointError
 
 AT_FDCWD = -100
@@ -58,6 +58,11 @@ def make_folders(path: Path) -> None:
     sync_folder(str(path.parent))
 
 
+def work_at(target: Path, save_id: str) -> Path:
+    """The hidden folder beside the target in which a save writes."""
+    return target.parent / f".tmp-{target.name}-{save_id}"
+
+
 def work_folder(target: Path, save_id: str) -> tuple[Path, int]:
     """A new hidden folder beside the target, locked until the descriptor is closed.
 
@@ -68,7 +73,7 @@ def work_folder(target: Path, save_id: str) -> tuple[Path, int]:
     sweep(target, "tmp")
     if target.exists():
         sweep(target, "old")
-    work = target.parent / f".tmp-{target.name}-{save_id}"
+    work = work_at(target, save_id)
     os.mkdir(work)
     lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever swept there
@@ -113,6 +118,27 @@ def exchange(a: Path, b: Path) -> bool:
     if code in UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(b))
+
+
+def commit(work: Path, target: Path, manifest: Manifest) -> int:
+    """Write the manifest, flush everything, put the folder in its place; returns the manifest's size."""
+    for name, size in manifest.files:
+        if os.stat(work / name).st_size != size:
+            raise CheckpointError(
+                f"{work / name} has not the {size:,} bytes that its rank wrote. All ranks must see one file system at"
+                f" {target.parent}."
+            )
+    size, _ = write_file(str(work / MANIFEST), to_bytes(manifest), ())
+    sync_folder(str(work / DATA))
+    put_in_place(work, target)
+    try:
+        sync_folder(str(target.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} was written and renamed, but {target.parent} could not be flushed ({error}); the checkpoint is"
+            " whole, and may be gone after a power failure."
+        ) from error
+    return size
 
 
 def put_in_place(work: Path, target: Path, exchange: Callable[[Path, Path], bool] = exchange) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.manifest import ARRAYS, leaf_json, node_json, path_text
@@ -12,9 +11,9 @@ from fabricfn.errors import MismatchError
 from fabricfn.world import World
 
 
-def digest(target: Path, draft: Draft) -> str:
+def digest(target: str, draft: Draft) -> str:
     """Equal on ranks that are about to save the same tree to the same place."""
-    text = json.dumps([str(target), node_json(draft.plan.tree), _descriptions(draft)])
+    text = json.dumps([target, node_json(draft.plan.tree), _descriptions(draft)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -32,9 +31,9 @@ def _descriptions(draft: Draft) -> dict[str, str]:
     return found
 
 
-def raise_mismatch(world: World, what: str, target: Path, draft: Draft) -> None:
+def raise_mismatch(world: World, what: str, target: str, draft: Draft) -> None:
     """Raise on every rank the error that says which entries differ, and where. Collective."""
-    mine = {"the path": str(target), **_descriptions(draft)}
+    mine = {"the path": target, **_descriptions(draft)}
     everyone = together(world, what, lambda: (None, mine))[1]
     lines: list[str] = []
     for name in dict.fromkeys(name for theirs in everyone for name in theirs):
