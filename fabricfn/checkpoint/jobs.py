@@ -3,6 +3,7 @@
 The first half reads the tree; the second one only what the first found, so that it may run beside the training.
 """
 
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -70,14 +71,14 @@ def planned(rt: Runtime, path: str | os.PathLike[str], tree: Any, only: Only) ->
     """What `save` shall do; rank 0 has a place for it. Collective; see `save` for the arguments and errors."""
     world, what = rt.world, f"ff.save to {os.fspath(path)}"
     store = store_at(path)
-    begun: list[Callable[[], None]] = []
+    undo = contextlib.ExitStack()
     tree = with_states(world, what, tree)
 
     def prepare() -> tuple[Draft, tuple[str, str, Holding]]:
         draft = drafted(outline(tree, only), world.device.type != "cpu")
         save_id = secrets.token_hex(16)
         if world.rank == 0:
-            begun.append(store.begin(save_id))
+            undo.callback(store.begin(save_id))
         return draft, (save_id, "" if world.group is None else digest(store.name, draft), draft.holding)
 
     try:
@@ -88,7 +89,7 @@ def planned(rt: Runtime, path: str | os.PathLike[str], tree: Any, only: Only) ->
         leaves = agreed_leaves(draft, holdings)
         chores = shares(leaves, owners_of(draft, leaves, holdings), world.world_size)[world.rank]
     except BaseException:
-        _all(begun)
+        undo.close()
         raise
     return Job(
         what=what,
@@ -99,13 +100,8 @@ def planned(rt: Runtime, path: str | os.PathLike[str], tree: Any, only: Only) ->
         leaves=leaves,
         values=draft.plan.values,
         chores=chores,
-        clear=lambda: _all(begun),
+        clear=undo.close,
     )
-
-
-def _all(functions: Sequence[Callable[[], None]]) -> None:
-    for function in functions:
-        function()
 
 
 def carried_out(world: World, job: Job, began: float) -> Receipt:
