@@ -398,6 +398,7 @@ def test_a_part_reads_only_its_own_bytes(tmp_path):
     ff.save(RT, tmp_path / "c", {"a": torch.ones(3), "b": torch.zeros(3)})
     damage(tmp_path / "c/data/r00000-000.safetensors", -1)
     assert ff.load(RT, tmp_path / "c", only="a")["a"].tolist() == [1, 1, 1]
+    assert ff.load(RT, tmp_path / "c", {"a": torch.zeros(3)})["a"].tolist() == [1, 1, 1]
     with pytest.raises(CheckpointError, match=r"r00000-000.safetensors is damaged.*'b'"):
         ff.load(RT, tmp_path / "c")
 

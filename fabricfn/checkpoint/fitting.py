@@ -182,9 +182,9 @@ class _Fitter:
         for key, child in zip(node.keys, node.children, strict=True):
             if key in like:
                 continue
-            if top or self.extras:
+            if self.extras:
                 self.rest.append(((*path, key), self.plain(child, (*path, key))))
-            elif key not in optional:
+            elif not top and key not in optional:
                 self.problem((*path, key), "is in the checkpoint, not in the template")
 
     def left_out(self, item: Any, path: Path) -> bool:
