@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fabricfn import errors as errors, strategies as strategies, testing as testing
     from fabricfn.checkpoint import (
+        CheckpointType as CheckpointType,
         Loaded as Loaded,
         Receipt as Receipt,
         inspect_checkpoint as inspect_checkpoint,
@@ -110,7 +111,9 @@ else:
         "data": "setup_dataloader setup_dataloaders batches",
         "transfers": "to_device",
         # checkpoints
-        "checkpoint": "save load latest list_checkpoints verify_checkpoint inspect_checkpoint Receipt Loaded",
+        "checkpoint": (
+            "save load latest list_checkpoints verify_checkpoint inspect_checkpoint Receipt Loaded CheckpointType"
+        ),
         # between ranks
         "collectives": (
             "all_reduce all_gather broadcast reduce_scatter gather scatter all_to_all send recv barrier"

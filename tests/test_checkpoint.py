@@ -408,7 +408,6 @@ def test_what_cannot_be_stored_is_named_with_what_to_write(tmp_path):
     loop.append(loop)
     cases = {
         "module": (nn.Linear(1, 1), r"module.state_dict\(\)"),
-        "optimizer": (torch.optim.SGD([torch.ones(1)]), r"optimizer.state_dict\(\)"),
         "set": ({1}, r"sorted\(value\)"),
         "path": (Path("x"), r"str\(path\)"),
         "sparse": (torch.eye(2).to_sparse(), r"to_dense"),

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fabricfn.checkpoint.custom import CheckpointType as CheckpointType
     from fabricfn.checkpoint.jobs import Receipt as Receipt
     from fabricfn.checkpoint.listing import (
         Entry as Entry,
@@ -21,6 +22,7 @@ else:
         "saving": ("save",),
         "jobs": ("Receipt",),
         "loading": ("load", "Loaded"),
+        "custom": ("CheckpointType",),
         "listing": (
             *("latest", "list_checkpoints", "verify_checkpoint", "inspect_checkpoint"),
             *("Summary", "Entry"),

@@ -4,12 +4,16 @@ The only file of this room that knows classes. A manifest stores a record's tag 
 caller's template.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
-from fabricfn.checkpoint.manifest import class_of
+import torch
+
+from fabricfn.checkpoint.manifest import class_of, path_text
+from fabricfn.errors import CheckpointError, FabricfnError
 from fabricfn.leases import Lease, Place
 from fabricfn.records import Grads, Model, handed_on
 from fabricfn.states import Optimizer, optimizer_from_tree, optimizer_to_tree
@@ -44,6 +48,13 @@ class Adapter:
     placed: Callable[[Any], Mapping[tuple[str | int, ...], Any]] = _nowhere
     """record -> {place in it: DTensor}: what a free field does not have yet, and will hold there in that shape, is
     sharded alike."""
+    cls: type | None = None
+    """The class, where the functions are the caller's: the checkpoint decides the structure of all fields, `from_tree`
+    whether they will do."""
+
+
+Types = Mapping[type, Adapter]
+"""The types of the caller, by their classes."""
 
 
 def _model_to_tree(model: Model) -> dict[str, Any]:
@@ -123,29 +134,101 @@ ADAPTERS: dict[type, Adapter] = {
 }
 
 
+OBJECT_STATE = "ObjectState"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectState:
+    """What is stored of an object with `state_dict` and `load_state_dict`."""
+
+    states_by_rank: list[Any]
+    """One state a rank; a single one where all ranks have the same."""
+    plain_containers: bool
+    """Its containers are dicts, lists and tuples of these very classes: no template is needed to make them."""
+
+
 def _fields(record: Any) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.init}
+    return {
+        field.name: getattr(record, field.name) for field in dataclasses.fields(record) if hasattr(record, field.name)
+    }
 
 
-def _replaced(like: Any, fields: dict[str, Any], where: Place | None) -> Any:
-    return dataclasses.replace(like, **fields)
+def _copied(like: Any, fields: dict[str, Any], where: Place | None) -> Any:
+    """Field for field, `init=False` too: `__post_init__` made its changes before the record was saved."""
+    made = copy.copy(like)
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _named(record: Any) -> dict[str, Any]:
-    return dict(record._asdict())
+    return dict(zip(record._fields, record, strict=True))
 
 
 def _named_again(like: Any, fields: dict[str, Any], where: Place | None) -> Any:
-    return type(like)(**fields)
+    return class_of(like)._make(fields.values())  # not through a __new__ of its own
 
 
-def adapter_of(value: object) -> Adapter | None:
-    """The adapter of a record: one of our own, a named tuple, any dataclass; None for everything else."""
+def rides(value: object, types: Types) -> bool:
+    """Whether an entry is an object with `state_dict` and `load_state_dict`; a Module is not: it has a Model."""
     kind = class_of(value)
+    methods = ("load_state_dict", "state_dict")
+    if kind in types or not all(callable(getattr(kind, name, None)) for name in methods):
+        return False
+    return not issubclass(kind, torch.nn.Module) and kind is not type
+
+
+def adapter_of(value: object, types: Types) -> Adapter | None:
+    """The adapter of a record: a type of the caller, one of our own, a named tuple, any dataclass; None otherwise."""
+    kind = class_of(value)
+    if kind in types:
+        return types[kind]
     if kind in ADAPTERS:
         return ADAPTERS[kind]
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return Adapter(tag=kind.__name__, to_tree=_named, from_tree=_named_again)
     if dataclasses.is_dataclass(kind):
-        return Adapter(tag=kind.__name__, to_tree=_fields, from_tree=_replaced)
+        return Adapter(tag=kind.__name__, to_tree=_fields, from_tree=_copied)
     return None
+
+
+def fields_of(adapter: Adapter, value: Any, path: tuple[str | int, ...]) -> dict[Any, Any]:
+    """The fields of the record that stands at `path`.
+
+    Raises:
+        CheckpointError: the function of the caller failed, or returned no dict.
+    """
+    if adapter.cls is None:
+        return dict(adapter.to_tree(value))
+    where = f"{path_text(path)}: to_tree of the type {adapter.tag!r} (this is a {type(value).__name__})"
+    try:
+        fields: Any = adapter.to_tree(value)
+    except FabricfnError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{where} raised {type(error).__name__}: {error}") from error
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(
+            f"{where} returned a {type(fields).__name__}; it returns a dict of what the value is made of, by name:"
+            ' to_tree=lambda value: {"items": list(value)}.'
+        )
+    return dict(cast("Mapping[Any, Any]", fields))
+
+
+def record_from(adapter: Adapter, like: Any, fields: dict[Any, Any], where: Place | None, path: tuple[Any, ...]) -> Any:
+    """The record of these fields.
+
+    Raises:
+        CheckpointError: the function of the caller failed.
+    """
+    if adapter.cls is None:
+        return adapter.from_tree(like, fields, where)
+    try:
+        return adapter.from_tree(like, fields, where)
+    except FabricfnError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path_text(path)}: from_tree of the type {adapter.tag!r} raised {type(error).__name__}: {error}. It was"
+            f" given the entries {', '.join(map(str, fields)) or 'of an empty dict'}, as the checkpoint has them."
+        ) from error

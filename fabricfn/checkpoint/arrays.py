@@ -1,5 +1,7 @@
 """Arrays and bytes: torch tensors, numpy arrays and numpy scalars as leaves of a checkpoint, bit for bit."""
 
+import enum
+import os
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -12,15 +14,19 @@ from fabricfn.sharding import is_sharded
 
 WRITE_INSTEAD: tuple[tuple[Any, str], ...] = (
     (torch.nn.Module, "module.state_dict()"),
-    (torch.optim.Optimizer, "optimizer.state_dict()"),
-    (torch.optim.lr_scheduler.LRScheduler, "scheduler.state_dict()"),
     (torch.Generator, "generator.get_state()"),
     (torch.utils.data.DataLoader, "its cursor: for batch, cursor in ff.batches(rt, loader, with_cursor=True)"),
     ((torch.dtype, torch.device), "str(value)"),
     ((set, frozenset), "sorted(value)"),
+    (enum.Enum, "value.name, and Class[name] when it is back"),
+    (os.PathLike, "str(path)"),
+    ((dict, list, tuple), "dict(value), list(value), tuple(value)"),
     ((int, float, str, bytes), "the plain value: int(value), str(value), ..."),
 )
-ANYTHING = "a dict, a list or a dataclass of tensors, numbers and strings (str(path) for a path)"
+ANYTHING = (
+    "a dict, a list or a dataclass of tensors, numbers and strings; or say how such objects are stored:"
+    " types=[ff.CheckpointType(cls=..., to_tree=..., from_tree=...)]"
+)
 
 
 def array_leaf(value: Any, host: bool) -> Leaf | str | None:

@@ -1,166 +1,125 @@
-"""A template meets a manifest: what to read, what to keep, what is missing, what is left over. Plain data.
+"""A template meets a manifest: what to read, what to keep, what is missing, what is left over.
 
 The template says what the result is made of. Where it has None, plain containers come back, as without a template.
 """
 
-import collections
-import copy
 import dataclasses
-from collections.abc import Callable
-from types import MappingProxyType
 from typing import Any
 
-from fabricfn.checkpoint.adapters import Adapter, adapter_of
+from fabricfn.checkpoint.adapters import Adapter, Types, adapter_of, fields_of, rides
 from fabricfn.checkpoint.arrays import identity
-from fabricfn.checkpoint.manifest import Leaf, Manifest, Node, class_of, path_text
-from fabricfn.checkpoint.matching import fits, leaf_of, leaf_text, node_text, unfillable
-from fabricfn.checkpoint.outline import MAPPINGS, Only, Path, leaf_paths, selector
-from fabricfn.checkpoint.placements import hollow_like
+from fabricfn.checkpoint.bare import Bare
+from fabricfn.checkpoint.manifest import Leaf, Manifest, Node, class_of, path_text, plain_value
+from fabricfn.checkpoint.matching import fits, leaf_of, leaf_text, mapping_like, node_text, settled, unfillable
+from fabricfn.checkpoint.outline import MAPPINGS, Only, Path, is_state, leaf_paths, selector
+from fabricfn.checkpoint.plans import Build, Fit, kept
+from fabricfn.checkpoint.riding import state_of
 from fabricfn.leases import Place
+from fabricfn.world import World
 
 Tree = Node | int | None
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Want:
-    """One leaf to load."""
-
-    leaf: int
-    """Its number in the manifest."""
-    like: Any
-    """The template's leaf, or one that stands for it; None where there is none."""
-    path: Path
-    standing_in: bool = False
-    """`like` is not the template's own: nothing can be filled."""
+FIXED, GROWING, LOOSE = 0, 1, 2
+"""Who decides the structure: the template; the checkpoint, but for shapes and dtypes; the checkpoint alone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Build:
-    """How one value of the result is made."""
+class Terms:
+    """How a template is filled."""
 
-    want: int = -1
-    """Which wanted leaf it is; -1 when `make` makes it."""
-    make: Callable[[list[Any]], Any] = len
-    """From the values of `parts`."""
-    parts: tuple["Build", ...] = ()
-    kept: bool = False
-    """It is the template's own value."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
-    """The outcome: everything that a load will do."""
-
-    build: Build
-    wants: tuple[Want, ...]
-    missing: tuple[str, ...]
-    """Paths of the template that the checkpoint does not have."""
-    rest: tuple[tuple[Path, Build], ...]
-    """What the checkpoint has and the template does not."""
-    problems: tuple[str, ...]
-    claims: tuple[tuple[Adapter, Any], ...]
-    """The records of the template that will be filled."""
+    world: World
+    """The ranks that load."""
+    only: Only
+    """What is selected; entries of the template that are not are kept."""
+    types: Types
+    """Of the caller."""
+    exact: bool
+    """Entries missing in the checkpoint are problems."""
+    extras: bool
+    """What only the checkpoint has is left over; otherwise it is passed over, and a problem in a record."""
+    where: Place | None
+    """The place where the template is given away, or None when it is left alone."""
 
 
-def built(build: Build, values: list[Any]) -> Any:
-    """The value, from the values of all wanted leaves."""
-    if build.want >= 0:
-        return values[build.want]
-    return build.make([built(part, values) for part in build.parts])
+def fit(manifest: Manifest, tree: Tree, like: Any, terms: Terms) -> Fit:
+    """Plan the load of `tree`, the selected part of the manifest's tree under its new names, into the shape of `like`.
 
-
-def fit(
-    manifest: Manifest, tree: Tree, like: Any, *, only: Only, exact: bool, extras: bool, where: Place | None
-) -> Fit:
-    """Plan the load of `tree`, the selected part of the manifest's tree, into the shape of `like`.
-
-    Args:
-        manifest: whose leaves are meant.
-        tree: its tree, pruned by `only`.
-        like: the template, or None.
-        only: what is selected; entries of the template that are not are kept.
-        exact: entries missing in the checkpoint are problems.
-        extras: entries of a record that only the checkpoint has are left over; otherwise they are problems.
-        where: the place where the template is given away, or None when it is left alone.
+    `manifest` has the leaves that are meant.
     """
-    fitter = _Fitter(manifest, only, exact, extras, where)
+    fitter = _Fitter(manifest.leaves, terms)
     build = fitter.fit(like, tree, (), True)
-    if where is not None:
+    if terms.where is not None:
         fitter.check_donated()
     return Fit(
         build=build,
-        wants=tuple(fitter.wants),
+        wants=tuple(fitter.bare.wants),
         missing=tuple(fitter.missing),
         rest=tuple(fitter.rest),
-        problems=tuple(fitter.problems),
+        problems=tuple(fitter.bare.problems),
         claims=tuple(fitter.claims),
+        states=tuple(fitter.states),
     )
-
-
-def _keep(value: Any) -> Build:
-    return Build(make=lambda _: value, kept=True)
 
 
 class _Fitter:
     """Walks template and manifest side by side, and notes what it finds."""
 
-    def __init__(self, manifest: Manifest, only: Only, exact: bool, extras: bool, where: Place | None) -> None:
-        self.leaves, self.exact, self.extras, self.where = manifest.leaves, exact, extras, where
-        self.only, self.selected = only, selector(only)
-        self.wants: list[Want] = []
+    def __init__(self, leaves: tuple[Leaf, ...], terms: Terms) -> None:
+        self.bare, self.leaves, self.terms = Bare(leaves, terms.types), leaves, terms
+        self.selected = selector(terms.only)
         self.missing: list[str] = []
         self.rest: list[tuple[Path, Build]] = []
-        self.problems: list[str] = []
         self.claims: list[tuple[Adapter, Any]] = []
-        self.placed: dict[Path, Any] = {}
+        self.states: list[tuple[Path, Any, Build]] = []
 
-    def want(self, leaf: int, like: Any, path: Path, standing_in: bool = False) -> Build:
-        self.wants.append(Want(leaf=leaf, like=like, path=path, standing_in=standing_in))
-        return Build(want=len(self.wants) - 1)
-
-    def problem(self, path: Path, text: str) -> Build:
-        self.problems.append(f"{path_text(path)}: {text}")
-        return _keep(None)
-
-    def fit(self, like: Any, node: Tree, path: Path, top: bool, free: bool = False) -> Build:
-        """The build of one place. `top`: not inside a record; `free`: the checkpoint decides the structure."""
+    def fit(self, like: Any, node: Tree, path: Path, top: bool, free: int = FIXED) -> Build:
+        """The build of one place. `top`: not inside a record; `free`: who decides the structure."""
         if node is None:
-            return _keep(like)
+            return kept(like)
         if like is None:
-            return self.plain(node, path)
-        kind = class_of(like)
-        adapter = adapter_of(like)
+            return self.bare.plain(node, path)
+        if rides(like, self.terms.types):
+            return self.state(like, node, path)
+        kind, adapter = class_of(like), adapter_of(like, self.terms.types)
+        fields: Any = like if adapter is None else fields_of(adapter, like, path)
         sort = "record" if adapter else "dict" if kind in MAPPINGS else kind.__name__ if kind in (list, tuple) else ""
+        if sort:
+            node = settled(node, sort, adapter.tag if adapter else "", fields)
         if free and sort != ("" if type(node) is int else node.kind if type(node) is Node else ""):
-            return self.plain(node, path)
+            return self.bare.plain(node, path)
         if not sort:
-            return self.leaf(like, node, path)
+            return self.leaf(like, node, path, free)
         if type(node) is not Node or node.kind != sort:
             there = node_text(node, self.leaves)
-            return self.problem(path, f"the template has a {kind.__name__}, the checkpoint {there}")
+            return self.bare.problem(path, f"the template has a {kind.__name__}, the checkpoint {there}")
         if adapter is not None:
-            return self.record(adapter, like, node, path)
+            return self.record(adapter, like, fields, node, path)
         if sort == "dict":
             return self.mapping(like, node, path, top, free)
         return self.sequence(like, node, path, top, free)
 
-    def plain(self, node: Tree, path: Path) -> Build:
-        """Dicts, lists, tuples and leaves as the checkpoint has them."""
-        if type(node) is int:
-            beside, leaf = self.placed.get(path[:-1]), self.leaves[node]
-            if beside is not None and leaf.kind == "tensor" and leaf.shape == tuple(beside.shape):
-                return self.want(node, hollow_like(beside, leaf.dtype), path, standing_in=True)
-            return self.want(node, None, path)
-        if node is None:
-            return self.problem(path, "only= leaves out an element of this list. Name the whole list")
-        assert type(node) is Node
-        keys = node.keys or tuple(range(len(node.children)))
-        parts = tuple(self.plain(child, (*path, key)) for key, child in zip(keys, node.children, strict=True))
-        if node.kind in ("list", "tuple"):
-            return Build(make=list if node.kind == "list" else tuple, parts=parts)
-        return Build(make=lambda values: dict(zip(node.keys, values, strict=True)), parts=parts)
+    def state(self, like: Any, node: Tree, path: Path) -> Build:
+        """An object that is given its state when everything has been read; it is itself in the result."""
+        name = class_of(like).__name__
+        fields = dict(zip(node.keys, node.children, strict=True)) if is_state(node) and type(node) is Node else {}
+        by_rank, shaped = fields.get("states_by_rank"), fields.get("plain_containers")
+        if type(by_rank) is not Node or not by_rank.children or type(shaped) is not int:
+            there = node_text(node, self.leaves)
+            return self.bare.problem(
+                path, f"the template has a {name}, which is given a state, the checkpoint has {there}"
+            )
+        states, world = by_rank.children, self.terms.world
+        if len(states) not in (1, world.world_size):
+            return self.bare.problem(
+                path,
+                f"each of {len(states)} ranks saved a position of its own, but {world.world_size} load. Use as many"
+                " ranks; or save a Cursor instead, which holds at any world size",
+            )
+        model = None if plain_value(self.leaves[shaped]) else state_of(like, path)
+        self.states.append((path, like, self.bare.plain(states[world.rank % len(states)], path, model)))
+        return Build(make=lambda _: like)
 
-    def items(self, like: Any, node: Node, path: Path, top: bool, free: bool) -> dict[Any, Build]:
+    def items(self, like: Any, node: Node, path: Path, top: bool, free: int) -> dict[Any, Build]:
         """The builds of the entries of a mapping, in the template's order."""
         children = dict(zip(node.keys, node.children, strict=True))
         found: dict[Any, Build] = {}
@@ -168,13 +127,13 @@ class _Fitter:
             if key in children:
                 found[key] = self.fit(item, children[key], (*path, key), top, free)
             elif self.left_out(item, (*path, key)):
-                found[key] = _keep(item)
+                found[key] = kept(item)
             elif not free:
                 found[key] = self.absent(item, (*path, key))
         if not free:
             self.further(like, node, path, top)
             return found
-        more = {key: self.plain(child, (*path, key)) for key, child in children.items() if key not in like}
+        more = {key: self.bare.plain(child, (*path, key)) for key, child in children.items() if key not in like}
         return {key: {**found, **more}[key] for key in (*children, *found)}
 
     def further(self, like: Any, node: Node, path: Path, top: bool, optional: frozenset[str] = frozenset()) -> None:
@@ -182,99 +141,90 @@ class _Fitter:
         for key, child in zip(node.keys, node.children, strict=True):
             if key in like:
                 continue
-            if self.extras:
-                self.rest.append(((*path, key), self.plain(child, (*path, key))))
+            if self.terms.extras:
+                self.rest.append(((*path, key), self.bare.plain(child, (*path, key))))
             elif not top and key not in optional:
-                self.problem((*path, key), "is in the checkpoint, not in the template")
+                self.bare.problem((*path, key), "is in the checkpoint, not in the template")
 
     def left_out(self, item: Any, path: Path) -> bool:
         """Whether `only` selects nothing of this entry of the template."""
-        return self.only is not None and not any(map(self.selected, leaf_paths(item, path)))
+        return self.terms.only is not None and not any(map(self.selected, leaf_paths(item, path, self.terms.types)))
 
     def absent(self, item: Any, path: Path, optional: bool = False) -> Build:
         self.missing.append(path_text(path))
-        if self.exact and not optional:
-            return self.problem(path, "is in the template, not in the checkpoint")
-        return _keep(item)
+        if self.terms.exact and not optional:
+            return self.bare.problem(path, "is in the template, not in the checkpoint")
+        return kept(item)
 
-    def mapping(self, like: Any, node: Node, path: Path, top: bool, free: bool) -> Build:
+    def mapping(self, like: Any, node: Node, path: Path, top: bool, free: int) -> Build:
         items = self.items(like, node, path, top, free)
         keys, parts = tuple(items), tuple(items.values())
         if parts and all(part.kept for part in parts):
-            return _keep(like)
-        return Build(make=lambda values: _mapping(like, dict(zip(keys, values, strict=True))), parts=parts)
+            return kept(like)
+        return Build(make=lambda values: mapping_like(like, dict(zip(keys, values, strict=True))), parts=parts)
 
-    def record(self, adapter: Adapter, like: Any, node: Node, path: Path) -> Build:
+    def record(self, adapter: Adapter, like: Any, fields: dict[Any, Any], node: Node, path: Path) -> Build:
         if node.name != adapter.tag:
-            return self.problem(path, f"the template has a {adapter.tag}, the checkpoint a {node.name}")
-        fields = adapter.to_tree(like)
-        self.placed |= {(*path, *place): beside for place, beside in adapter.placed(like).items()}
+            return self.bare.problem(path, f"the template has a {adapter.tag}, the checkpoint a {node.name}")
+        self.bare.placed |= {(*path, *place): beside for place, beside in adapter.placed(like).items()}
+        if adapter.cls is not None:
+            found = self.items(fields, node, path, False, LOOSE)
+        else:
+            found = self.fields(adapter, fields, node, path)
+        if found and all(part.kept for part in found.values()):
+            return kept(like)
+        if self.terms.where is not None:
+            self.claims.append((adapter, like))
+        return self.bare.made(adapter, like, tuple(found), tuple(found.values()), path, self.terms.where)
+
+    def fields(self, adapter: Adapter, fields: dict[Any, Any], node: Node, path: Path) -> dict[Any, Build]:
         children = dict(zip(node.keys, node.children, strict=True))
-        found: dict[str, Build] = {}
+        found: dict[Any, Build] = {}
         for key, item in fields.items():
             if key in children:
-                found[key] = self.fit(item, children[key], (*path, key), False, key in adapter.free)
+                free = GROWING if key in adapter.free else FIXED
+                found[key] = self.fit(item, children[key], (*path, key), False, free)
             elif self.left_out(item, (*path, key)):
-                found[key] = _keep(item)
+                found[key] = kept(item)
             else:
                 found[key] = self.absent(item, (*path, key), key in adapter.optional)
         self.further(fields, node, path, False, adapter.optional)
-        if found and all(part.kept for part in found.values()):
-            return _keep(like)
-        keys, where = tuple(found), self.where
-        if where is not None:
-            self.claims.append((adapter, like))
-        make: Callable[[list[Any]], Any] = lambda values: adapter.from_tree(  # noqa: E731
-            like, dict(zip(keys, values, strict=True)), where
-        )
-        return Build(make=make, parts=tuple(found.values()))
+        return found
 
-    def sequence(self, like: Any, node: Node, path: Path, top: bool, free: bool) -> Build:
+    def sequence(self, like: Any, node: Node, path: Path, top: bool, free: int) -> Build:
         if len(like) != len(node.children):
             if free:
-                return self.plain(node, path)
+                return self.bare.plain(node, path)
             text = f"the template has {len(like)} elements, the checkpoint {len(node.children)}"
-            return self.problem(path, text)
+            return self.bare.problem(path, text)
         pairs = enumerate(zip(like, node.children, strict=True))
         parts = tuple(self.fit(item, child, (*path, index), top, free) for index, (item, child) in pairs)
         if parts and all(part.kept for part in parts):
-            return _keep(like)
+            return kept(like)
         return Build(make=list if type(like) is list else tuple, parts=parts)
 
-    def leaf(self, like: Any, node: Tree, path: Path) -> Build:
+    def leaf(self, like: Any, node: Tree, path: Path, free: int) -> Build:
         expected = leaf_of(like)
         if type(expected) is str:
-            return self.problem(path, expected)
+            return self.bare.problem(path, expected)
         assert type(expected) is Leaf
         if type(node) is not int:
-            return self.problem(path, f"the template has {leaf_text(expected)}, the checkpoint a container")
+            return self.bare.problem(path, f"the template has {leaf_text(expected)}, the checkpoint a container")
         found = self.leaves[node]
         if not fits(found, expected):
-            return self.problem(path, f"the template has {leaf_text(expected)}, the checkpoint {leaf_text(found)}")
-        return self.want(node, like, path)
+            if free == LOOSE:
+                return self.bare.plain(node, path)
+            return self.bare.problem(path, f"the template has {leaf_text(expected)}, the checkpoint {leaf_text(found)}")
+        return self.bare.want(node, like, path)
 
     def check_donated(self) -> None:
         """Memory that is filled can hold one array only."""
         filled: dict[Any, int] = {}
-        for want in self.wants:
+        for want in self.bare.wants:
             place, leaf = identity(want.like), self.leaves[want.leaf]
             base = want.leaf if leaf.alias is None else leaf.alias
             if place is not None and filled.setdefault(place, base) != base:
-                self.problem(want.path, "the template has one tensor at two places, the checkpoint two; clone it")
+                self.bare.problem(want.path, "the template has one tensor at two places, the checkpoint two; clone it")
             text = unfillable(want.like)
             if text and not want.standing_in:
-                self.problem(want.path, f"donate=True cannot fill {text}")
-
-
-def _mapping(like: Any, items: dict[Any, Any]) -> Any:
-    """`items` in a mapping of the class of `like`."""
-    if type(like) is dict:
-        return items
-    if type(like) is MappingProxyType:
-        return MappingProxyType(items)
-    if type(like) is collections.defaultdict:
-        return collections.defaultdict(like.default_factory, items)
-    made = copy.copy(like)  # keeps what a state_dict has besides its items
-    made.clear()
-    made.update(items)
-    return made
+                self.bare.problem(want.path, f"donate=True cannot fill {text}")

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fabricfn.checkpoint.agreement import together
+from fabricfn.checkpoint.custom import CheckpointType
 from fabricfn.checkpoint.differences import digest, raise_mismatch
 from fabricfn.checkpoint.manifest import DATA, Leaf, Manifest, Node, Piece, array_bytes
-from fabricfn.checkpoint.outline import Only, outline
-from fabricfn.checkpoint.riding import with_states
+from fabricfn.checkpoint.outline import Only
+from fabricfn.checkpoint.riding import stated
 from fabricfn.checkpoint.sharing import (
     Chore,
     Draft,
@@ -67,15 +68,17 @@ class Job:
     """Removes what a save leaves that came to no end; on rank 0, nothing elsewhere."""
 
 
-def planned(rt: Runtime, path: str | os.PathLike[str], tree: Any, only: Only) -> Job:
+def planned(
+    rt: Runtime, path: str | os.PathLike[str], tree: Any, only: Only, types: Sequence[CheckpointType] = ()
+) -> Job:
     """What `save` shall do; rank 0 has a place for it. Collective; see `save` for the arguments and errors."""
     world, what = rt.world, f"ff.save to {os.fspath(path)}"
     store = store_at(path)
     undo = contextlib.ExitStack()
-    tree = with_states(world, what, tree)
+    plan = stated(world, what, tree, only, types)
 
     def prepare() -> tuple[Draft, tuple[str, str, Holding]]:
-        draft = drafted(outline(tree, only), world.device.type != "cpu")
+        draft = drafted(plan, world.device.type != "cpu")
         save_id = secrets.token_hex(16)
         if world.rank == 0:
             undo.callback(store.begin(save_id))

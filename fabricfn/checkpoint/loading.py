@@ -7,14 +7,27 @@ from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from fabricfn.checkpoint.adapters import Types
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.arrays import identity
-from fabricfn.checkpoint.fitting import Fit, Want, built, fit
-from fabricfn.checkpoint.manifest import ARRAYS, Leaf, path_text, plain_value
+from fabricfn.checkpoint.custom import CheckpointType, types_of
+from fabricfn.checkpoint.fitting import Terms, fit
+from fabricfn.checkpoint.manifest import ARRAYS, Leaf, Node, path_text, plain_value
 from fabricfn.checkpoint.opening import Source, opened
-from fabricfn.checkpoint.outline import Only, listing, nothing_selected, prune
+from fabricfn.checkpoint.outline import (
+    Only,
+    Path,
+    idle_patterns,
+    leaf_paths,
+    listing,
+    nothing_selected,
+    prune,
+    selector,
+)
+from fabricfn.checkpoint.plans import Fit, Want, built
 from fabricfn.checkpoint.reading import needed_bytes, read_leaf
-from fabricfn.checkpoint.riding import put_back, replaced, riders
+from fabricfn.checkpoint.renaming import Rename, renamed
+from fabricfn.checkpoint.riding import put_back
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.leases import Place, caller
 from fabricfn.runtimes import Runtime
@@ -42,6 +55,8 @@ def load(
     like: Any = None,
     *,
     only: Only = None,
+    rename: Rename = None,
+    types: Sequence[CheckpointType] = (),
     strict: bool = True,
     remainder: bool = False,
     donate: bool = False,
@@ -58,10 +73,14 @@ def load(
         like: the template: a tree of the same structure, which decides the classes and devices. It is left alone.
             Where it has None, and without it, plain dicts, lists and tuples come back, tensors on `rt.device`.
             Tensors on the meta device stand for tensors on `rt.device`. A DTensor fits a tensor of its global shape,
-            however that was sharded when it was saved. An object with `load_state_dict` (a loader) is given its rank's
-            state and returned itself.
+            however that was sharded when it was saved. An object with `load_state_dict` (a scheduler, a loader) is
+            given its rank's state, once all ranks have read everything, and returned itself.
         only: what to load, by path ("model", "model/params/*.weight", several, or a predicate of a leaf's path); only
             its bytes are read. Elsewhere the result holds the template's own values.
+        rename: load as if the checkpoint had been saved under other names: {the name there: the name here}, of an entry
+            or a container, with `*` for any text ({"model/params/encoder.*": "model/params/backbone.*"}); or a function
+            of a leaf's path. An entry that has the new name already gives way. `only` takes the new names.
+        types: `CheckpointType` of classes of your own. Without a template their `from_tree` is given None.
         strict: every entry of `like` must be in the checkpoint. Further entries of its dicts are the remainder, never
             an error; a record (a Model, an Optimizer, a dataclass) has the same entries on both sides.
         remainder: return `Loaded`, whose `rest` has what the template does not name, in records too.
@@ -73,7 +92,8 @@ def load(
 
     Raises:
         CheckpointError: there is no whole checkpoint, it is damaged, or it does not fit `like`: then one message names
-            every entry that is missing or has another shape or dtype.
+            every entry that is missing or has another shape or dtype. Or a rename fits nothing, or two contradict each
+            other. Objects have then not been given a state, unless one of them refused its own.
         MismatchError: the ranks found different checkpoints at `path`.
 
     Example:
@@ -84,33 +104,50 @@ def load(
         {'w': tensor([1., 1.]), 'cursor': Cursor(seed=0, epoch=3, index=0)}
     """
     what, where = f"ff.load of {os.fspath(path)}", caller() if donate else None
-    whole, like = like, replaced(like, dict.fromkeys(riders(like)))
+    wrap = remainder or not strict
     with contextlib.ExitStack() as stack:
 
-        def plan() -> tuple[tuple[Source, Fit], str]:
+        def plan() -> tuple[tuple[Source, Fit], tuple[str, list[str]]]:
+            adapters = types_of(types)
             source = stack.enter_context(opened(path))
             manifest = source.manifest
-            tree = prune(manifest.tree, only)
-            if tree is None:
-                raise nothing_selected(only, manifest.tree)
-            extras = remainder or not strict
-            found = fit(manifest, tree, like, only=only, exact=strict, extras=extras, where=where)
-            return (source, _accepted(found, source)), manifest.save_id
+            tree = _part(renamed(manifest.tree, rename), like, only, adapters)
+            terms = Terms(world=rt.world, only=only, types=adapters, exact=strict, extras=wrap, where=where)
+            found = _accepted(fit(manifest, tree, like, terms), source)
+            return (source, found), (manifest.save_id, [path_text(at) for at, _, _ in found.states])
 
-        (source, found), save_ids = together(rt.world, what, plan)
-        if len(set(save_ids)) > 1:
-            raise MismatchError(
-                f"{what}: the ranks found different checkpoints there (save ids {', '.join(s[:8] for s in save_ids)};"
-                f" this is rank {rt.rank}). Was it replaced meanwhile? Load again once the save is done."
-            )
+        (source, found), answers = together(rt.world, what, plan)
+        _check_alike(rt, what, answers)
+        tree, states = together(rt.world, what, lambda: (_read(rt, source, found, where, wrap), None))[0]
+    if states:
+        together(rt.world, what, lambda: (put_back(states), None))
+    return tree
 
-        def read() -> tuple[Any, None]:
-            loaded = _read(rt, source, found, where, remainder or not strict)
-            if isinstance(loaded, Loaded):
-                return dataclasses.replace(loaded, tree=put_back(rt.world, whole, loaded.tree)), None
-            return put_back(rt.world, whole, loaded), None
 
-        return together(rt.world, what, read)[0]
+def _part(tree: Node | int, like: Any, only: Only, types: Types) -> Node | int:
+    """What `only` selects. A pattern that fits nothing, neither here nor in the template, was misspelt."""
+    found = prune(tree, only)
+    if found is None:
+        raise nothing_selected(only, tree)
+    for pattern in idle_patterns(only, tree):
+        if like is None or not any(map(selector(pattern), leaf_paths(like, (), types))):
+            raise nothing_selected(pattern, tree)
+    return found
+
+
+def _check_alike(rt: Runtime, what: str, answers: Sequence[tuple[str, list[str]]]) -> None:
+    save_ids = [save_id for save_id, _ in answers]
+    if len(set(save_ids)) > 1:
+        raise MismatchError(
+            f"{what}: the ranks found different checkpoints there (save ids {', '.join(s[:8] for s in save_ids)};"
+            f" this is rank {rt.rank}). Was it replaced meanwhile? Load again once the save is done."
+        )
+    if any(names != answers[0][1] for _, names in answers):
+        places = "; ".join(f"rank {rank} {', '.join(names) or 'none'}" for rank, (_, names) in enumerate(answers))
+        raise MismatchError(
+            f"{what}: the templates of the ranks have objects that are given a state at different places: {places}"
+            f" (this is rank {rt.rank})."
+        )
 
 
 def _accepted(found: Fit, source: Source) -> Fit:
@@ -123,21 +160,26 @@ def _accepted(found: Fit, source: Source) -> Fit:
     return found
 
 
-def _read(rt: Runtime, source: Source, found: Fit, where: Place | None, wrap: bool) -> Any:
+States = list[tuple[Path, Any, Any]]
+"""(path, object, its state)."""
+
+
+def _read(rt: Runtime, source: Source, found: Fit, where: Place | None, wrap: bool) -> tuple[Any, States]:
     if where is not None:
         for adapter, record in found.claims:
             adapter.claim(record, where)
     values = _values(rt, source, found.wants, where is not None)
     tree = built(found.build, values)
+    states = [(path, one, built(build, values)) for path, one, build in found.states]
     if not wrap:
-        return tree
+        return tree, states
     rest: dict[str | int, Any] = {}
     for path, build in found.rest:
         place = rest
         for part in path[:-1]:
             place = place.setdefault(part, {})
         place[path[-1]] = built(build, values)
-    return Loaded(tree=tree, rest=rest, missing=found.missing)
+    return Loaded(tree=tree, rest=rest, missing=found.missing), states
 
 
 def _values(rt: Runtime, source: Source, wants: Sequence[Want], donate: bool) -> list[Any]:

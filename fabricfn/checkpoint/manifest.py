@@ -62,6 +62,8 @@ RAW_DTYPES = {
 ARRAYS = ("tensor", "array", "number")
 """The kinds of leaves whose values are in the data files: torch tensors, numpy arrays, numpy scalars."""
 CONTAINERS = ("dict", "list", "tuple", "record")
+ANY = "any"
+"""A container that the template makes a dict, a list, a tuple or a record (in memory only)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,16 @@
 """Which leaf of a checkpoint may stand where the template has a leaf, and how messages name the two."""
 
+import collections
+import copy
+import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
 from fabricfn.checkpoint.arrays import advice, array_leaf, shard_fault
-from fabricfn.checkpoint.manifest import ARRAYS, Leaf, Node, plain_leaf
+from fabricfn.checkpoint.manifest import ANY, ARRAYS, Leaf, Node, plain_leaf
 from fabricfn.checkpoint.placements import local_tensor
 from fabricfn.sharding import is_sharded
 
@@ -44,6 +48,27 @@ def node_text(node: Node | int | None, leaves: tuple[Leaf, ...]) -> str:
     return f"a {node.kind}" if type(node) is Node else "nothing"
 
 
+def settled(node: Node | int | None, sort: str, tag: str, fields: Any) -> Node | int | None:
+    """A container that only a renaming made, as the template has it there; any other node is itself.
+
+    Args:
+        node: of the checkpoint's tree.
+        sort: "dict", "record", "list" or "tuple".
+        tag: of a record.
+        fields: the template's entries.
+    """
+    if type(node) is not Node or node.kind != ANY:
+        return node
+    children = dict(zip(map(str, node.keys), node.children, strict=True))
+    if sort in ("list", "tuple"):
+        places = [str(index) for index in range(len(children))]
+        if set(places) == set(children):
+            return Node(kind=sort, children=tuple(children[place] for place in places))
+        return dataclasses.replace(node, kind="dict")
+    keys = {str(key): key for key in fields}
+    return dataclasses.replace(node, kind=sort, name=tag, keys=tuple(keys.get(text, text) for text in children))
+
+
 def unfillable(like: Any) -> str:
     """Why an array of the template cannot be overwritten; empty when it can."""
     if isinstance(like, torch.Tensor):
@@ -55,3 +80,18 @@ def unfillable(like: Any) -> str:
     if type(like) is np.ndarray and not like.flags.writeable:
         return "a read-only array. Write value.copy()"
     return ""
+
+
+def mapping_like(like: Any, items: dict[Any, Any]) -> Any:
+    """`items` in a mapping of the class of `like`."""
+    if type(like) is dict:
+        return items
+    if type(like) is MappingProxyType:
+        return MappingProxyType(items)
+    if type(like) is collections.defaultdict:
+        return collections.defaultdict(like.default_factory, items)
+    made = copy.copy(like)  # keeps what a state_dict has besides its items
+    made.clear()
+    for key, item in items.items():  # update() of a Counter adds
+        made[key] = item
+    return made

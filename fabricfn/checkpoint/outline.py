@@ -3,11 +3,11 @@
 import collections
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from fabricfn.checkpoint.adapters import adapter_of
+from fabricfn.checkpoint.adapters import OBJECT_STATE, Types, adapter_of, fields_of, rides
 from fabricfn.checkpoint.arrays import advice, array_leaf, identity
 from fabricfn.checkpoint.manifest import ARRAYS, DEPTH_LIMIT, Leaf, Node, class_of, path_text, paths_of, plain_leaf
 from fabricfn.errors import CheckpointError
@@ -16,7 +16,10 @@ Path = tuple[str | int, ...]
 Only = str | Sequence[str] | Callable[[str], bool] | None
 """Which entries: a path, a pattern, several of them, or a predicate of the path of a leaf; None is all."""
 
-MAPPINGS: tuple[type, ...] = (dict, collections.OrderedDict, collections.defaultdict, MappingProxyType)
+MAPPINGS: tuple[type, ...] = (
+    *(dict, collections.OrderedDict, collections.defaultdict, collections.Counter),
+    MappingProxyType,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +31,24 @@ class Outline:
     paths: tuple[Path, ...]
 
 
-def outline(tree: Any, only: Only = None) -> Outline:
-    """The outline of a tree, or of the part of it that `only` selects."""
+def outline(tree: Any, only: Only, types: Types, states: Mapping[int, Any]) -> Outline:
+    """The outline of a tree, or of the part of it that `only` selects.
+
+    Args:
+        tree: any tree.
+        only: what is selected.
+        types: of the caller.
+        states: id of an object -> what stands for it.
+    """
     values: list[Any] = []
-    whole = _walk(tree, (), values)
+    whole = _Walk(types, states, values).node(tree, ())
     paths = paths_of(whole)
     kept = prune(whole, only) if only is not None else whole
     if kept is None:
         raise nothing_selected(only, whole)
+    idle = idle_patterns(only, whole)
+    if idle:
+        raise nothing_selected(idle, whole)
     numbers = {old: new for new, old in enumerate(paths_of(kept))}
     return Outline(
         tree=_renumbered(kept, numbers, ()),
@@ -44,34 +57,48 @@ def outline(tree: Any, only: Only = None) -> Outline:
     )
 
 
-def _walk(value: Any, path: Path, values: list[Any]) -> Node | int:
-    if len(path) > DEPTH_LIMIT:
-        raise CheckpointError(
-            f"{path_text(path[:6])}/... is nested deeper than {DEPTH_LIMIT} containers; does a container hold itself?"
-        )
-    kind = class_of(value)
-    adapter = adapter_of(value)
-    if adapter is not None or kind in MAPPINGS:
-        items: dict[Any, Any] = dict(value if adapter is None else adapter.to_tree(value))
-        for key in items:
-            if type(key) is not str and (type(key) is not int or abs(key) >= 1 << 62):
-                raise CheckpointError(
-                    f"{path_text(path)} has the key {key!r}; keys are strings or integers. Write str(key)."
-                )
-        children = tuple(_walk(item, (*path, key), values) for key, item in items.items())
-        if adapter is None:
-            return Node(kind="dict", keys=tuple(items), children=children)
-        return Node(kind="record", name=adapter.tag, keys=tuple(items), children=children)
-    if kind is list or kind is tuple:
-        children = tuple(_walk(item, (*path, index), values) for index, item in enumerate(value))
-        return Node(kind=kind.__name__, children=children)
-    values.append(value)
-    return len(values) - 1
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Walk:
+    types: Types
+    states: Mapping[int, Any]
+    values: list[Any]
+
+    def node(self, value: Any, path: Path) -> Node | int:
+        if len(path) > DEPTH_LIMIT:
+            raise CheckpointError(
+                f"{path_text(path[:6])}/... is nested deeper than {DEPTH_LIMIT} containers; does a container hold"
+                " itself?"
+            )
+        if self.states:
+            value = self.states.get(id(value), value)
+        if rides(value, self.types):
+            return self.leaf(value)
+        kind = class_of(value)
+        adapter = adapter_of(value, self.types)
+        if adapter is not None or kind in MAPPINGS:
+            items: dict[Any, Any] = dict(value) if adapter is None else fields_of(adapter, value, path)
+            for key in items:
+                if type(key) is not str and (type(key) is not int or abs(key) >= 1 << 62):
+                    raise CheckpointError(
+                        f"{path_text(path)} has the key {key!r}; keys are strings or integers. Write str(key)."
+                    )
+            children = tuple(self.node(item, (*path, key)) for key, item in items.items())
+            if adapter is None:
+                return Node(kind="dict", keys=tuple(items), children=children)
+            return Node(kind="record", name=adapter.tag, keys=tuple(items), children=children)
+        if kind is list or kind is tuple:
+            children = tuple(self.node(item, (*path, index)) for index, item in enumerate(value))
+            return Node(kind=kind.__name__, children=children)
+        return self.leaf(value)
+
+    def leaf(self, value: Any) -> int:
+        self.values.append(value)
+        return len(self.values) - 1
 
 
-def leaf_paths(tree: Any, path: Path) -> list[Path]:
+def leaf_paths(tree: Any, path: Path, types: Types) -> list[Path]:
     """The paths of the leaves of a tree that stands at `path`."""
-    return [(*path, *below) for below in paths_of(_walk(tree, (), [])).values()]
+    return [(*path, *below) for below in paths_of(_Walk(types, {}, []).node(tree, ())).values()]
 
 
 def _renumbered(node: Node | int | None, numbers: dict[int, int], path: Path) -> Node | int:
@@ -88,13 +115,31 @@ def _renumbered(node: Node | int | None, numbers: dict[int, int], path: Path) ->
     return dataclasses.replace(node, children=tuple(children))
 
 
+def patterns_of(only: Only) -> tuple[str, ...]:
+    """The patterns of a selection; none when it is everything, or a predicate."""
+    if only is None or callable(only):
+        return ()
+    return (only,) if isinstance(only, str) else tuple(only)
+
+
+def idle_patterns(only: Only, tree: Node | int) -> tuple[str, ...]:
+    """The patterns that select nothing of a tree."""
+    patterns = patterns_of(only)
+    return tuple(one for one in patterns if len(patterns) > 1 and prune(tree, one) is None)
+
+
+def is_state(node: Node | int | None) -> bool:
+    """Whether it is what was stored of an object with a state of its own; that is one entry, whole or not at all."""
+    return type(node) is Node and node.kind == "record" and node.name == OBJECT_STATE
+
+
 def selector(only: Only) -> Callable[[Path], bool]:
     """Whether a path is selected: it, or a container that it is in, fits one of the patterns."""
     if only is None:
         return lambda path: True
     if callable(only):
         return lambda path: bool(only(path_text(path)))
-    patterns = (only,) if isinstance(only, str) else tuple(only)
+    patterns = patterns_of(only)
 
     def selected(path: Path) -> bool:
         texts = [path_text(path[: i + 1]) for i in range(len(path))] or ["."]
@@ -108,7 +153,7 @@ def prune(tree: Node | int | None, only: Only) -> Node | int | None:
     selected = selector(only)
 
     def walk(node: Node | int | None, path: Path) -> Node | int | None:
-        if node is None or type(node) is int:
+        if node is None or type(node) is int or is_state(node):
             return node if selected(path) else None
         assert type(node) is Node
         if not node.children:

@@ -1,130 +1,139 @@
-"""Objects that keep a state of their own and ride along in a checkpoint: loaders with `state_dict`/`load_state_dict`.
+"""Objects with `state_dict` and `load_state_dict` ride along in a checkpoint: schedulers, loaders, ...
 
 What is stored is the list of their states, one a rank, or a single one where all ranks have the same; plain containers
-of tensors and numbers, as any other entry. A loader's position belongs to its rank, so states that differ are loaded at
-the world size that saved them only.
+of tensors and numbers, as any other entry. A position in the data belongs to its rank, so states that differ are loaded
+at the world size that saved them only.
 """
 
-import pickle
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
+from fabricfn.checkpoint.adapters import ObjectState, Types, adapter_of, rides
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.manifest import DEPTH_LIMIT, class_of, path_text
-from fabricfn.checkpoint.outline import Path, listing
-from fabricfn.errors import CheckpointError, MismatchError
-from fabricfn.tree import tree_map
+from fabricfn.checkpoint.arrays import chunks
+from fabricfn.checkpoint.custom import CheckpointType, types_of
+from fabricfn.checkpoint.manifest import ARRAYS, class_of, leaf_json, node_json, path_text
+from fabricfn.checkpoint.outline import MAPPINGS, Only, Outline, Path, leaves_of, outline
+from fabricfn.errors import CheckpointError, FabricfnError, MismatchError
+from fabricfn.sharding import is_sharded
 from fabricfn.world import World
 
-STATES = "states_by_rank"
-OTHERWISE_STORED = ("Module", "Optimizer", "LRScheduler", "GradScaler")
-"""Classes of torch with a `state_dict` for which there is another way."""
 
+def stated(world: World, what: str, tree: Any, only: Only, given: Sequence[CheckpointType]) -> Outline:
+    """The outline of a tree, with the states of the objects that ride along in it. Collective.
 
-def rides(value: object) -> bool:
-    """Whether an entry is an object with `state_dict` and `load_state_dict` for which there is no other way."""
-    kind = class_of(value)
-    if any(base.__name__ in OTHERWISE_STORED and base.__module__.startswith("torch") for base in kind.__mro__):
-        return False
-    return all(callable(getattr(kind, name, None)) for name in ("state_dict", "load_state_dict"))
-
-
-def riders(tree: Any, path: Path = ()) -> dict[Path, Any]:
-    """The objects that ride along in dicts, lists and tuples, by their paths."""
-    kind = class_of(tree)
-    if len(path) > DEPTH_LIMIT:  # a container that holds itself; what stores it says so
-        return {}
-    if kind is dict or kind is list or kind is tuple:
-        items = cast("Any", tree.items() if kind is dict else enumerate(tree))
-        return {place: value for key, item in items for place, value in riders(item, (*path, key)).items()}
-    return {path: tree} if rides(tree) else {}
-
-
-def replaced(tree: Any, values: Mapping[Path, Any], path: Path = ()) -> Any:
-    """The tree with these values at these paths."""
-    if not values:
-        return tree
-    if path in values:
-        return values[path]
-    kind = class_of(tree)
-    if kind is dict:
-        return {key: replaced(item, values, (*path, key)) for key, item in tree.items()}
-    if kind is list or kind is tuple:
-        items = [replaced(item, values, (*path, index)) for index, item in enumerate(cast("list[Any]", tree))]
-        return items if kind is list else tuple(items)
-    return tree
-
-
-def with_states(world: World, what: str, tree: Any) -> Any:
-    """The tree with the states of what rides along in it. Collective where something does."""
-    found = riders(tree)
-    if not found:
-        return tree
-    names = [path_text(path) for path in found]
-
-    def own() -> tuple[None, tuple[str, list[str], list[tuple[Any, bytes]]]]:
-        states = [one.state_dict() for one in found.values()]
-        return None, (STATES, names, [(state, _text(state)) for state in states])
-
-    answers = together(world, what, own)[1]
-    if any(type(answer) is not tuple or answer[:2] != (STATES, names) for answer in answers):
-        raise MismatchError(
-            f"{what}: every rank must save the same entries, but not all have objects with a state_dict at"
-            f" {', '.join(names)} (this is rank {world.rank})."
-        )
-    by_place = zip(*(states for _, _, states in answers), strict=True)
-    return replaced(tree, {path: {STATES: _once(list(states))} for path, states in zip(found, by_place, strict=True)})
-
-
-def _text(state: Any) -> bytes:
-    """What equal states agree in; each rank makes its own, so that all ranks compare the same."""
-    plain = tree_map(_contents, state)
-    return pickle.dumps(pickle.loads(pickle.dumps(plain)))  # a round trip: what it shares with itself is as it travels
-
-
-def _contents(leaf: Any) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    # pickled tensors name their memory's address
-    return str(leaf.dtype), tuple(leaf.shape), leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist()
-
-
-def _once(states: list[tuple[Any, bytes]]) -> list[Any]:
-    own = [state for state, _ in states]
-    return own[:1] if len({text for _, text in states}) == 1 else own
-
-
-def put_back(world: World, like: Any, tree: Any) -> Any:
-    """Give what rides along in the template its state, and put it into the loaded tree.
+    Equal states do not travel: the ranks compare digests of them.
 
     Raises:
-        CheckpointError: the states are those of another number of ranks, or something else stands there.
+        CheckpointError: a state cannot be had or stored.
+        MismatchError: the ranks have such objects at different places.
     """
-    found = riders(like)
-    states: dict[Path, Any] = {}
-    problems: list[str] = []
-    for path in found:
-        stored = tree
-        for key in path:
-            stored = stored[key]
-        if stored is None:  # not selected, or missing where that is no error: it stays as it is
-            continue
-        by_rank = cast("list[Any]", stored[STATES]) if class_of(stored) is dict and STATES in stored else []
-        if not by_rank:
-            problems.append(
-                f"{path_text(path)}: the template has a {class_of(found[path]).__name__}, the checkpoint not"
-            )
-        elif len(by_rank) not in (1, world.world_size):
-            problems.append(
-                f"{path_text(path)}: each of {len(by_rank)} ranks saved a position of its own, but {world.world_size}"
-                " load. Use as many ranks; or save a Cursor instead, which holds at any world size"
-            )
-        else:
-            states[path] = by_rank[world.rank % len(by_rank)]
-    if problems:
-        raise CheckpointError(f"what keeps a state of its own cannot be given it:{listing(problems)}")
-    for path, state in states.items():
-        found[path].load_state_dict(state)
-    return replaced(tree, found)
+    states: dict[int, Any] = {}
+
+    def own() -> tuple[tuple[Types, Outline, dict[Path, Any]], list[tuple[str, str]]]:
+        types = types_of(given)
+        plan = outline(tree, only, types, {})
+        found = {path: one for path, one in zip(plan.paths, plan.values, strict=True) if rides(one, types)}
+        for path, one in found.items():
+            states[id(one)] = state_of(one, path)
+        return (types, plan, found), [
+            (path_text(path), _digest(states[id(one)], one, path, types)) for path, one in found.items()
+        ]
+
+    (types, plan, found), answers = together(world, what, own)
+    if any([name for name, _ in answer] != [name for name, _ in answers[0]] for answer in answers):
+        places = "; ".join(f"rank {rank} {[name for name, _ in at]}" for rank, at in enumerate(answers))
+        raise MismatchError(
+            f"{what}: every rank must save the same entries, but the ranks have objects with a state_dict at different"
+            f" places: {places} (this is rank {world.rank})."
+        )
+    if not found:
+        return plan
+    differ = [path for path, digests in zip(found, zip(*answers, strict=True), strict=True) if len(set(digests)) > 1]
+    everyone: list[list[Any]] = []
+    if differ:
+        everyone = together(world, what, lambda: (None, [_hosted(states[id(found[path])]) for path in differ]))[1]
+    stored: dict[int, ObjectState] = {}
+    for path, one in found.items():
+        by_rank = [theirs[differ.index(path)] for theirs in everyone] if path in differ else [states[id(one)]]
+        stored[id(one)] = ObjectState(
+            states_by_rank=by_rank, plain_containers=all(_is_plain(state, types) for state in by_rank)
+        )
+    return outline(tree, only, types, stored)
+
+
+def state_of(one: Any, path: Path) -> Any:
+    """The state of the object at this path."""
+    try:
+        return one.state_dict()
+    except FabricfnError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path_text(path)}: state_dict() of the {class_of(one).__name__} raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _digest(state: Any, one: Any, path: Path, types: Types) -> str:
+    """Equal for states that are the same."""
+    try:
+        plan = outline(state, None, types, {})
+        if any(map(is_sharded, plan.values)):
+            raise CheckpointError("it holds a DTensor. Put its state into the tree itself: x.state_dict()")
+        leaves = leaves_of(plan, False)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path_text(path)}: the state_dict() of the {class_of(one).__name__} cannot be stored: {error}"
+        ) from error
+    text = [node_json(plan.tree), [leaf_json(leaf, at) for leaf, at in zip(leaves, plan.paths, strict=True)]]
+    found = hashlib.sha256(json.dumps(text).encode())
+    for leaf, value in zip(leaves, plan.values, strict=True):
+        if leaf.kind in ARRAYS and leaf.alias is None:
+            for chunk in chunks(value):
+                found.update(chunk)
+    return found.hexdigest()
+
+
+def _hosted(value: Any) -> Any:
+    """A state that can travel: a tensor of one rank's device is none of another's."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if type(value) is dict:
+        return {key: _hosted(item) for key, item in cast("dict[Any, Any]", value).items()}
+    kind = class_of(value)
+    if kind is list or kind is tuple:
+        made = list(map(_hosted, value))
+        return made if kind is list else tuple(made)
+    return value
+
+
+def _is_plain(state: Any, types: Types) -> bool:
+    """Whether plain dicts, lists and tuples, without a template, are what the object gave."""
+    kind = class_of(state)
+    if kind is dict:
+        return all(_is_plain(item, types) for item in state.values())
+    if kind is list or kind is tuple:
+        return all(_is_plain(item, types) for item in state)
+    return kind not in MAPPINGS and adapter_of(state, types) is None
+
+
+def put_back(states: Sequence[tuple[Path, Any, Any]]) -> None:
+    """Give objects their states: (path, object, state) each.
+
+    Raises:
+        CheckpointError: an object did not take its state.
+    """
+    for path, one, state in states:
+        try:
+            one.load_state_dict(state)
+        except FabricfnError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{path_text(path)}: load_state_dict() of the {class_of(one).__name__} raised {type(error).__name__}:"
+                f" {error}. It may have taken a part of its state, as may have the objects before it: make them anew."
+            ) from error

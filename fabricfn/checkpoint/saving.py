@@ -2,14 +2,23 @@
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from fabricfn.checkpoint.custom import CheckpointType
 from fabricfn.checkpoint.jobs import Receipt, carried_out, planned
 from fabricfn.checkpoint.outline import Only
 from fabricfn.runtimes import Runtime
 
 
-def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = None) -> Receipt:
+def save(
+    rt: Runtime,
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    only: Only = None,
+    types: Sequence[CheckpointType] = (),
+) -> Receipt:
     """Write a tree as a checkpoint, so that a crash at any instant leaves the old one or the new one.
 
     Laws: `load(rt, path, like=tree)` is `tree` bit for bit, at every world size. When any rank fails, nobody commits,
@@ -23,9 +32,11 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
             tensors of any dtype and device, numpy arrays; numbers, strings, bytes, None. Keys are strings or integers.
             All ranks hold the same tree; its tensors are written once, by the ranks together. Of a DTensor each rank
             writes its own part; nothing is gathered. The same memory at two places is written once. An object with
-            `state_dict` and `load_state_dict` (a loader of torchdata) rides along: the state of every rank is written.
+            `state_dict` and `load_state_dict` (a torch scheduler, a loader of torchdata) rides along: its state is
+            written, that of every rank where they differ.
         only: what to save, by path ("model", "model/params/*.weight", several of them, or a predicate of a leaf's
             path); everything by default.
+        types: `CheckpointType` of classes of your own in the tree.
 
     Returns:
         A `Receipt`, the same on every rank.
@@ -44,4 +55,4 @@ def save(rt: Runtime, path: str | os.PathLike[str], tree: Any, *, only: Only = N
         {'w': tensor([0, 1, 2]), 'epoch': 2}
     """
     began = time.perf_counter()
-    return carried_out(rt.world, planned(rt, path, tree, only), began)
+    return carried_out(rt.world, planned(rt, path, tree, only, types), began)
