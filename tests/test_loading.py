@@ -412,6 +412,14 @@ def test_a_plain_state_dict_becomes_a_model(tmp_path):
     assert ff.load(RT, tmp_path / "c", moved, rename={"x/a/b/7": "l/2"}) == {"l": [1, 2, 1.5]}
 
 
+def test_a_bare_state_dict_becomes_a_model_by_one_pattern(tmp_path):
+    model, _ = stepped(RT, "body", "head", 1)
+    ff.save(RT, tmp_path / "c", ff.to_module(RT, model).state_dict())
+    fresh, _ = stepped(RT, "body", "head", 0)
+    loaded = ff.load(RT, tmp_path / "c", {"model": fresh}, rename={"*": "model/params/*"}, only="model/params")
+    assert bits(loaded["model"].params) == bits(model.params)
+
+
 def test_what_bears_the_new_name_gives_way(tmp_path):
     """The average that was kept beside the model is loaded as the model, with nothing of the model's own."""
     (model, _), (ema, _) = stepped(RT, "a", "b", 1), stepped(RT, "a", "b", 3)
