@@ -406,6 +406,8 @@ def test_a_plain_state_dict_becomes_a_model(tmp_path):
     assert bits(loaded["net"]["deep"].params) == bits(model.params)
     assert (loaded["y"], loaded["l"]) == (like["y"] | {"a/b": {7: 1.5}}, [1, 2])
     assert list(ff.load(RT, tmp_path / "c", rename=rename)["net"]["deep"]["params"]) == list(model.params)
+    by_function = ff.load(RT, tmp_path / "c", only="y", rename=lambda path: path.replace("x/", "y/"))
+    assert by_function == {"y": {"a/b": {7: 1.5}}}
     swapped = ff.load(RT, tmp_path / "c", {"l": [0, 0]}, rename={"l/0": "l/1", "l/1": "l/0"})
     assert swapped == {"l": [2, 1]}
     moved = {"l": [0, 0, 0.0]}

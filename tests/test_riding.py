@@ -279,9 +279,9 @@ def load_with_a_fault(rt, path, where):
     if rt.rank == 1 and where == "template":
         like = {"n": 0}
     if rt.rank == 1 and where == "read":
-        like["w"] = torch.empty(1, device="meta").expand(3)
+        like["w"] = torch.zeros(3)
     try:
-        ff.load(rt, path, like, donate=where == "read")
+        ff.load(rt, path, like)
     except ff.FabricfnError as error:
         return f"{type(error).__name__}: {error}", own.state
     return "", own.state
@@ -299,8 +299,11 @@ def test_states_on_two_ranks(rt, tmp_path):
         assert not (tmp_path / "e").exists()
         for text, state in world.run(load_with_a_fault, tmp_path / "c", "template"):
             assert "MismatchError" in text and "rank 0 own; rank 1 none" in text and state == -1
-        for text, state in world.run(load_with_a_fault, tmp_path / "c", "read"):
-            assert "failed on 1 of 2 ranks" in text and state == -1
+        ff.save(rt, tmp_path / "damaged", {"own": Broken(1), "n": 1, "w": torch.ones(3)})
+        file = tmp_path / "damaged/data/r00000-000.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        for text, state in world.run(load_with_a_fault, tmp_path / "damaged", "read"):
+            assert "failed on 1 of 2 ranks" in text and "is damaged" in text and state == -1
         for text, _ in world.run(load_with_a_fault, tmp_path / "c", "refuse"):
             assert "load_state_dict() of the Broken raised KeyError" in text
     own = Broken(-1)
