@@ -11,10 +11,12 @@ if TYPE_CHECKING:
         CheckpointType as CheckpointType,
         Loaded as Loaded,
         Receipt as Receipt,
+        consolidate as consolidate,
         inspect_checkpoint as inspect_checkpoint,
         latest as latest,
         list_checkpoints as list_checkpoints,
         load as load,
+        load_raw as load_raw,
         save as save,
         verify_checkpoint as verify_checkpoint,
     )
@@ -112,7 +114,8 @@ else:
         "transfers": "to_device",
         # checkpoints
         "checkpoint": (
-            "save load latest list_checkpoints verify_checkpoint inspect_checkpoint Receipt Loaded CheckpointType"
+            "save load load_raw consolidate latest list_checkpoints verify_checkpoint inspect_checkpoint Receipt Loaded"
+            " CheckpointType"
         ),
         # between ranks
         "collectives": (

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fabricfn.checkpoint.custom import CheckpointType as CheckpointType
+    from fabricfn.checkpoint.exporting import consolidate as consolidate
+    from fabricfn.checkpoint.foreign.loading import load_raw as load_raw
     from fabricfn.checkpoint.jobs import Receipt as Receipt
     from fabricfn.checkpoint.listing import (
         Entry as Entry,
@@ -23,6 +25,8 @@ else:
         "jobs": ("Receipt",),
         "loading": ("load", "Loaded"),
         "custom": ("CheckpointType",),
+        "foreign.loading": ("load_raw",),
+        "exporting": ("consolidate",),
         "listing": (
             *("latest", "list_checkpoints", "verify_checkpoint", "inspect_checkpoint"),
             *("Summary", "Entry"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def read_parts(source: Source, leaf: Leaf, into: torch.Tensor, parts: Sequence[P
             shared = common(piece.box, part.box)
             if shared is None:
                 continue
-            _read_box(
+            read_box(
                 PieceReader(source, piece, what),
                 *(piece.shape, within(shared, piece.box), narrowed(mine, within(shared, part.box)), 0),
             )
@@ -102,7 +102,15 @@ def read_parts(source: Source, leaf: Leaf, into: torch.Tensor, parts: Sequence[P
             )
 
 
-def _read_box(reader: PieceReader, shape: tuple[int, ...], box: Box, into: torch.Tensor, start: int) -> None:
+class ReadsBytes(Protocol):
+    """Bytes by position: a piece of a checkpoint, or a stretch of another tool's file."""
+
+    def read(self, begin: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `begin`."""
+        ...
+
+
+def read_box(reader: ReadsBytes, shape: tuple[int, ...], box: Box, into: torch.Tensor, start: int) -> None:
     """Fill `into` with a box of an array of this shape, whose bytes begin at `start` in the piece.
 
     Where the box lies in one stretch, it is read to its place; else a few rows at a time through a buffer of one block.
@@ -114,7 +122,7 @@ def _read_box(reader: PieceReader, shape: tuple[int, ...], box: Box, into: torch
     elif row > BLOCK:
         inner = Box(box.offset[1:], box.shape[1:])
         for number in range(box.shape[0]):
-            _read_box(reader, shape[1:], inner, into[number], begin + number * row)
+            read_box(reader, shape[1:], inner, into[number], begin + number * row)
     else:
         step = min(BLOCK // row, box.shape[0])
         rows = torch.empty((step, *shape[1:]), dtype=into.dtype, device="cpu")

@@ -1,0 +1,148 @@
+"""Names of a state dict and names of a Model: where the state dict lies in the file, wrappers' prefixes, tied names."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from fabricfn.checkpoint.foreign.values import Keys, Later, Refused, Stored
+from fabricfn.checkpoint.manifest import path_text
+from fabricfn.errors import CheckpointError
+from fabricfn.records import Model
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What DDP, torch.compile, Fabric, FSDP and activation checkpointing put into names."""
+
+Rename = Callable[[str], str | None] | Mapping[str, str]
+"""A function name -> name, or None for what is left out; or the beginnings of names that change."""
+
+
+def canonical(model: Model) -> dict[str, str]:
+    """Every name that a state dict of the model's module has -> the name in the Model; a tied tensor has several."""
+    found = {name: name for name in (*model.params, *model.buffers)}
+    engine = model.ref.engine
+    if engine is None:
+        return found
+    for tensors, ours in (
+        (engine.template.named_parameters(remove_duplicate=False), model.params),
+        (engine.template.named_buffers(remove_duplicate=False), model.buffers),
+    ):
+        first: dict[int, str] = {}
+        pairs = [(name, id(tensor)) for name, tensor in tensors]
+        for name, place in pairs:
+            if name in ours:
+                first.setdefault(place, name)
+        for name, place in pairs:
+            if place in first:
+                found.setdefault(name, first[place])
+    return found
+
+
+def renamed(
+    names: Iterable[str], rename: Rename | None, prefix: str | None, known: Mapping[str, str]
+) -> dict[str, str]:
+    """Name in the file -> name as the module has it.
+
+    With a prefix, names that do not begin with it are left out. Without one, a name that the module has is itself, and
+    of any other the wrappers' parts are taken away, until it is one that the module has.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        new: str | None = name
+        if prefix is not None:
+            if not name.startswith(prefix):
+                continue
+            new = name.removeprefix(prefix)
+        if callable(rename):
+            new = rename(new)
+        elif rename is not None:
+            heads = [old for old in rename if new.startswith(old)]
+            if heads:
+                head = max(heads, key=len)
+                new = rename[head] + new.removeprefix(head)
+        if new is not None:
+            found[name] = new if prefix is not None else unwrapped(new, known)
+    return found
+
+
+def unwrapped(name: str, known: Mapping[str, str]) -> str:
+    """The name without the parts that wrappers put into it, where the module has none of that name itself."""
+    if name in known:
+        return name
+    parts = name.split(".")
+    for begin, part in enumerate(parts):
+        if part not in WRAPPERS:
+            break
+        short = ".".join(parts[begin + 1 :])
+        if short in known:
+            return short
+    short = ".".join(part for part in parts if part not in WRAPPERS)
+    return short if short in known else name
+
+
+def is_state_dict(tree: Any) -> bool:
+    """Whether it is a flat dict name -> tensor."""
+    if not isinstance(tree, dict) or not tree:
+        return False
+    items = cast("dict[Any, Any]", tree).items()
+    kinds = [type(item) for name, item in items if not str(name).endswith("_extra_state")]
+    return all(type(name) is str for name, _ in items) and set(kinds) <= {Stored, Refused} and Stored in kinds
+
+
+def is_optimizer(tree: Any) -> bool:
+    """Whether it is what `optimizer.state_dict()` returns."""
+    return isinstance(tree, dict) and {"state", "param_groups"} <= set(cast("dict[Any, Any]", tree))
+
+
+def candidates(tree: Any, fits: Callable[[Any], bool], keys: Keys = ()) -> list[tuple[Keys, Any]]:
+    """The places of a tree, three containers deep, where something that fits begins; nothing is looked for in it."""
+    if fits(tree):
+        return [(keys, tree)]
+    if not isinstance(tree, dict) or len(keys) > 2 or is_state_dict(tree) or is_optimizer(tree):
+        return []
+    items = cast("dict[str, Any]", tree).items()
+    return [found for key, item in items for found in candidates(item, fits, (*keys, key))]
+
+
+def only_one(tree: Any, fits: Callable[[Any], bool], what: str, useful: Callable[[Any], bool]) -> tuple[Keys, Any]:
+    """The one place of a tree that can be meant.
+
+    Args:
+        tree: the content of a file, or of a place of it.
+        fits: what is looked for.
+        what: how messages name it.
+        useful: of several that fit, those count for which this is true.
+
+    Raises:
+        CheckpointError: there is none, or several.
+    """
+    found = candidates(tree, fits)
+    if len(found) > 1:
+        found = [entry for entry in found if useful(entry[1])] or found
+    if len(found) == 1:
+        return found[0]
+    keys = list(cast("dict[Any, Any]", tree)) if isinstance(tree, dict) else []
+    there = ", ".join(map(str, keys[:8])) or type(tree).__name__.lower()
+    if not found:
+        raise CheckpointError(f"there is no {what} (there is: {there}{', ...' if len(keys) > 8 else ''})")
+    places = ", ".join(path_text(place) for place, _ in found[:8])
+    raise CheckpointError(
+        f"there are several that could be meant by {what}: {places}. Say which: key={path_text(found[0][0])!r}"
+    )
+
+
+def at_key(tree: Any, key: str | None) -> Any:
+    """What stands at `key`, whose parts are divided by "/".
+
+    Raises:
+        CheckpointError: there is nothing.
+    """
+    for part in key.split("/") if key else ():
+        items: dict[Any, Any] = {}
+        if isinstance(tree, dict):
+            items = {str(name): item for name, item in cast("dict[Any, Any]", tree).items()}
+        elif isinstance(tree, list | tuple):
+            items = {str(index): item for index, item in enumerate(cast("list[Any]", tree))}
+        if part not in items:
+            raise CheckpointError(f"key={key!r} names nothing: there is {', '.join([*items][:8]) or 'no container'}.")
+        tree = items[part]
+        tree = tree.read() if type(tree) is Later else tree
+    return tree

@@ -1,0 +1,46 @@
+"""What stands at a path, and its tree."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from fabricfn.checkpoint.foreign.dcp import opened_dcp
+from fabricfn.checkpoint.foreign.dcp_metadata import METADATA
+from fabricfn.checkpoint.foreign.hub_folders import INDEXES, SINGLES, inside, opened_file, opened_index
+from fabricfn.checkpoint.manifest import MANIFEST
+from fabricfn.errors import CheckpointError
+
+
+def opened_raw(path: Path, stack: contextlib.ExitStack) -> Any:
+    """The tree of a file or folder that another tool wrote; files stay open as long as `stack`.
+
+    Raises:
+        CheckpointError: there is nothing, nothing that is known, or it is damaged.
+    """
+    if path.is_file():
+        if path.name.endswith(".index.json"):
+            return opened_index(path, stack)
+        return opened_file(path, stack)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no file or folder {path}.")
+    if (path / METADATA).exists():
+        return opened_dcp(path, stack)
+    if (path / MANIFEST).exists():
+        raise CheckpointError(f"{path} was written by ff.save. Write ff.load(rt, {str(path)!r}, like).")
+    for name in INDEXES:
+        if os.path.lexists(path / name):
+            return opened_index(path / name, stack)
+    for name in SINGLES:
+        if os.path.lexists(path / name):
+            return opened_file(inside(path, name), stack, name)
+    there = sorted(found.name for found in path.iterdir())
+    if "zero_to_fp32.py" in there:
+        raise CheckpointError(
+            f"{path} is a checkpoint of DeepSpeed. Put it together first: python {path}/zero_to_fp32.py {path} FOLDER,"
+            " then ff.load_raw(rt, FOLDER, ...)."
+        )
+    raise CheckpointError(
+        f"{path} holds no checkpoint that is known: {', '.join((*INDEXES, *SINGLES, METADATA))}, or a file that you"
+        f" name. There is {', '.join(there[:8]) or 'nothing'}."
+    )
