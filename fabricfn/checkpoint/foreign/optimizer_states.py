@@ -113,6 +113,7 @@ class _State:
 
     def make(self, rows: Row, positions: Mapping[int, Any], groups: Sequence[Row]) -> Make:
         joint = bool(getattr(self.plan.detail, "joint", False))
+        hyperparams = [self.group(number, group) for number, group in enumerate(groups)]
         used = {str(key) for key in positions.values()}
         for key in rows:
             if str(key) not in used:
@@ -126,7 +127,6 @@ class _State:
                 made[position] = {}
             else:
                 made[position] = self.row(position, row, place)
-        hyperparams = [self.group(number, group) for number, group in enumerate(groups)]
         like, filling = self.like, self.filling
         step = self.counted(rows, filling)
 
