@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import warnings
@@ -284,6 +283,13 @@ def test_an_optimizer_of_torch_goes_on_as_ours(tmp_path, make, options):
     assert like["optimizer"].hyperparams[0]["lr"] == 7.0
 
 
+def test_a_distributed_checkpoint_of_an_optimizer_without_state_is_one(tmp_path):
+    net = Net()
+    dcp_save({"o": trained(net, torch.optim.SGD).state_dict()}, tmp_path / "dcp")
+    opt = ff.load_raw(RT, tmp_path / "dcp", ff.setup_optimizer(RT, setup(RT), torch.optim.SGD, lr=7.0))
+    assert opt.hyperparams[0]["lr"] == 0.1
+
+
 def test_groups_go_by_their_order_and_a_step_count_may_be_a_number(tmp_path):
     net = Net()
     named = dict(net.named_parameters())
@@ -337,11 +343,11 @@ def test_an_optimizer_that_does_not_fit_is_named(tmp_path):
         ff.load_raw(RT, tmp_path / "sgd.pt", adam)
     with pytest.raises(CheckpointError, match=r"the template has 5 parameters in it, the file 2"):
         ff.load_raw(RT, tmp_path / "other.pt", adam)
+    grouped = ff.setup_optimizer(RT, model, torch.optim.AdamW, lr=1.0, groups={"*bias": {"lr": 2.0}})
     with pytest.raises(CheckpointError, match=r"the template has 2 groups, the file 1"):
-        grouped = ff.setup_optimizer(RT, model, torch.optim.AdamW, lr=1.0, groups={"*bias": {"lr": 2.0}})
         ff.load_raw(RT, tmp_path / "other.pt", grouped)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"no state dict of an optimizer.*inp\.weight"):
-        torch.save(net.state_dict(), tmp_path / "model.pt")
         ff.load_raw(RT, tmp_path / "model.pt", adam)
     swapped = torch.optim.AdamW(list(net.parameters())[::-1], lr=0.1)
     net(torch.ones(2, 4)).backward()
@@ -673,10 +679,15 @@ def test_damaged_safetensors_files_are_errors_that_name_the_file(tmp_path):
     refused((1 << 63).to_bytes(8, "little") + whole[8:])
     entry = header["w"]
     for change in ({"shape": [3]}, {"shape": [-2]}, {"shape": "2"}, {"shape": [1 << 62, 1 << 62]},
-                   {"data_offsets": [8, 0]}, {"data_offsets": [0]}, {"shape": [2.0]}, {"shape": [1] * 70 + [2]}):  # fmt: skip
+                   {"data_offsets": [8, 0]}, {"data_offsets": [0]}, {"shape": [2.0]},
+                   {"shape": [1] * 70 + [2]}):  # fmt: skip
         refused(packed({"w": {**entry, **change}}))
     refused(packed({"w": entry, "v": entry}))
-    refused(packed(b'{"w": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "w": ' + json.dumps(entry).encode() + b"}"))
+    refused(
+        packed(
+            b'{"w": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "w": ' + json.dumps(entry).encode() + b"}"
+        )
+    )
     refused(packed({"w": entry}, 16))
     path.write_bytes(packed({"w": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}}))
     with pytest.raises(CheckpointError, match="dtype F4, which is not known"):

@@ -60,10 +60,10 @@ def consolidate(
 ) -> tuple[Path, ...]:
     """Write the model of a checkpoint for other tools: safetensors files in Hugging Face's layout.
 
-    Laws: the values are those of the checkpoint, bit for bit, each block checked. It needs a buffer of 32 MiB, whatever
-    the size. After a crash there is a whole export at `target`, or none that could be taken for one.
+    Laws: the values are those of the checkpoint, bit for bit, each block checked. It needs less than 100 MiB, whatever
+    the size of the model. After a crash there is a whole export at `target`, or none that could be taken for one.
 
-    `safetensors.torch.load_file` reads the files; `transformers` and the hub do, once the model's own `config.json` lies
+    `safetensors.torch.load_file` reads the files; `transformers` and the hub do once the model's own `config.json` is
     beside them (`config.save_pretrained(target)`). Not collective: one process calls it, of a run or of none.
 
     Args:
@@ -96,21 +96,15 @@ def consolidate(
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{place} is a file; an export is a folder. Name a folder.")
     with opened(path) as source:
-        tensors = chosen(source.manifest, only, str(source.path))
+        shards = sharded(chosen(source.manifest, only, str(source.path)), max_shard_size)
         make_folders(place)
-        return export(source, place, tensors, max_shard_size)
+        return export(source, place, shards)
 
 
-def export(
-    source: Source, folder: Path, tensors: Sequence[Tensor], max_shard_size: int = SHARD_SIZE
-) -> tuple[Path, ...]:
-    """Write these tensors into a folder that stands, flushed; the index, or the only file, appears last."""
-    shards = sharded(tensors, max_shard_size)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
+def export(source: Source, folder: Path, shards: Sequence[Sequence[Tensor]]) -> tuple[Path, ...]:
+    """Write tensors into a folder that stands, a file a shard, flushed; the index, or the only file, appears last."""
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     mark = secrets.token_hex(16)
     made = [(folder / f".export-{mark}-{name}", name) for name in names]
     try:
@@ -218,8 +212,11 @@ def _heads(node: Node | int) -> list[str]:
 
 def _relative(leaves: Sequence[tuple[Keys, int]]) -> list[tuple[str, Keys, int]]:
     """Named by the path below what all have in common."""
-    common = os.path.commonprefix([keys[:-1] for keys, _ in leaves])
-    return [(".".join(map(str, keys[len(common) :])) or "value", keys, leaf) for keys, leaf in leaves]
+    heads = [keys[:-1] for keys, _ in leaves]
+    shared = 0
+    while heads and all(len(head) > shared and head[shared] == heads[0][shared] for head in heads):
+        shared += 1
+    return [(".".join(map(str, keys[shared:])) or "value", keys, leaf) for keys, leaf in leaves]
 
 
 def sharded(tensors: Sequence[Tensor], max_shard_size: int) -> list[list[Tensor]]:

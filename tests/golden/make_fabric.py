@@ -1,6 +1,9 @@
-"""Made tests/golden/fabric by lightning-fabric 2.6.6 and torch 2.13: `python tests/golden/make_fabric.py full`, `... sharded`.
+"""Made tests/golden/fabric by lightning-fabric 2.6.6 and torch 2.13. In the root of the repository:
 
-Call it in the root of the repository. The test suite has no lightning-fabric (the extra `bench` has); it reads these files. The numbers follow from formulas:
+    python tests/golden/make_fabric.py full
+    python tests/golden/make_fabric.py sharded
+
+The test suite has no lightning-fabric (the extra `bench` has); it reads these files. The numbers follow from formulas:
 a learning rate of 0 leaves the parameters as they are, and halves as betas keep the moments exact.
 """
 

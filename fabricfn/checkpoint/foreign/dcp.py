@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -65,7 +65,7 @@ def whole_tree(tree: Any) -> Any:
     found: Any = opened_torch(tree.path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{tree.path} holds no dict; Fabric's has one entry for each thing that is no module.")
-    return {**found, **tree}
+    return {**cast("dict[Any, Any]", found), **tree}
 
 
 def has_more(tree: Any) -> bool:
@@ -101,7 +101,7 @@ def _lists(tree: Any) -> Any:
     """Dicts whose keys are the integers from 0 are the lists that were saved."""
     if type(tree) is not dict:
         return tree
-    made = {key: _lists(item) for key, item in tree.items()}
+    made = {key: _lists(item) for key, item in cast("dict[Any, Any]", tree).items()}
     if made and all(type(key) is int for key in made) and sorted(made) == list(range(len(made))):
         return [made[index] for index in range(len(made))]
     return made

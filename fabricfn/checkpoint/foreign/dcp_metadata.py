@@ -127,7 +127,7 @@ def _invalid(text: str) -> NoReturn:
 def _named(thing: Any, name: str) -> dict[str, Any]:
     if type(thing).__name__ != name or not isinstance(thing, Thing):
         _invalid(f"it has a {type(thing).__name__} where a {name} belongs")
-    state = {} if thing.state is None else thing.state
+    state: Any = {} if thing.state is None else thing.state
     if type(state) is not dict:
         _invalid(f"a {name} is not made as torch makes it")
     return cast("dict[str, Any]", state)
@@ -159,7 +159,7 @@ def _items(metadata: Any) -> list[Item]:
             _invalid(f"{name} was written through {stored['transform_descriptors']!r:.80}, which cannot be undone here")
         places[at["fqn"], offset] = name, _number(stored["offset"]), _number(stored["length"])
     planner: Any = fields.get("planner_data")
-    paths: dict[Any, Any] = planner if isinstance(planner, dict) else {}
+    paths = cast("dict[Any, Any]", planner) if isinstance(planner, dict) else {}
     found: list[Item] = []
     for fqn, entry in fields["state_dict_metadata"].items():
         if type(fqn) is not str:
@@ -169,7 +169,7 @@ def _items(metadata: Any) -> list[Item]:
 
 
 def _keys(path: Any) -> Keys:
-    keys = tuple(path) if isinstance(path, tuple | list) else ()
+    keys = tuple(cast("Iterable[Any]", path)) if isinstance(path, tuple | list) else ()
     if not keys or any(type(key) not in (str, int) for key in keys):
         _invalid(f"{path!r:.80} is not a place in a tree")
     return keys
@@ -181,8 +181,8 @@ def _item(fqn: str, entry: Any, keys: Keys, places: dict[Any, tuple[str, int, in
         return Item(keys=keys, dtype=None, shape=(), chunks=(Chunk(box=None, file=file, offset=offset, length=length),))
     fields = _named(entry, "TensorStorageMetadata")
     properties, shape = fields["properties"], _numbers(fields["size"])
-    state = properties.state if isinstance(properties, Thing) else None
-    dtype = state[0] if isinstance(state, tuple) else state["dtype"] if isinstance(state, dict) else None
+    state: Any = properties.state if isinstance(properties, Thing) else None
+    dtype: Any = cast("tuple[Any, ...]", state)[0] if isinstance(state, tuple) else None
     if not isinstance(dtype, torch.dtype) or len(shape) > 64:
         _invalid(f"{fqn!r:.80} has no dtype or no shape")
     chunks: list[Chunk] = []

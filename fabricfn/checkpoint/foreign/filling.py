@@ -71,7 +71,7 @@ class Filling:
         if isinstance(tree, list | tuple):
             row = cast("list[Any]", tree)
             parts = [self.plain(item, (*keys, index)) for index, item in enumerate(row)]
-            kind = list if isinstance(tree, list) else tuple
+            kind: Any = list if isinstance(tree, list) else tuple
             return lambda values: kind(make(values) for make in parts)
         if type(tree) is Refused:
             return self.problem(keys, f"{tree.text}; leave it out with key=")
@@ -183,14 +183,18 @@ def _kind(item: Any) -> str:
     return type(item).__name__
 
 
-def values_of(filling: Filling, run: Callable[[Callable[[Any], Any], list[Any]], list[Any]]) -> list[Any]:
+def values_of(filling: Filling, run: Callable[[Callable[[int], Any], list[int]], list[Any]]) -> list[Any]:
     """Read all wanted tensors; what is one array in the file and wanted without a template is one tensor."""
     first: dict[Any, int] = {}
     places: list[int] = []
     for number, (stored, like, _) in enumerate(filling.wants):
         shared = like is None and stored.same is not None
         places.append(first.setdefault((stored.file, stored.same), number) if shared else number)
+
+    def one(number: int) -> torch.Tensor:
+        stored, like, what = filling.wants[number]
+        return read(stored, like, what, filling.device)
+
     chosen = sorted(set(places))
-    found = run(lambda number: read(*filling.wants[number], filling.device), chosen)
-    by_number = dict(zip(chosen, found, strict=True))
+    by_number = dict(zip(chosen, run(one, chosen), strict=True))
     return [by_number[place] for place in places]

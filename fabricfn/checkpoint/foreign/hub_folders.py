@@ -27,7 +27,7 @@ def opened_file(path: Path, stack: contextlib.ExitStack, name: str = "") -> Any:
 
 
 def opened_index(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """name -> tensor of all shards that an index names.
+    """Name -> tensor of all shards that an index names.
 
     Raises:
         CheckpointError: the index is damaged or names a file that is none of the folder's; a shard is missing or lacks

@@ -213,10 +213,10 @@ def _mapping(filling: Filling, like: Any, tree: Any, keys: Keys) -> Make:
 
 
 def _sequence(filling: Filling, like: Any, tree: Any, keys: Keys) -> Make:
-    if not isinstance(tree, list | tuple) or len(cast("list[Any]", tree)) != len(like):
-        size = f"of {len(cast('list[Any]', tree))}" if isinstance(tree, list | tuple) else ""
-        there = f"the template has {len(like)} elements, the file a {type(tree).__name__} {size}"
-        return filling.problem(keys, there.rstrip())
-    pairs = zip(like, cast("list[Any]", tree), strict=True)
-    parts = [_fill(filling, item, found, (*keys, index)) for index, (item, found) in enumerate(pairs)]
+    if not isinstance(tree, list | tuple):
+        return filling.problem(keys, f"the template has a {class_of(like).__name__}, the file a {type(tree).__name__}")
+    items = cast("Sequence[Any]", tree)
+    if len(items) != len(like):
+        return filling.problem(keys, f"the template has {len(like)} elements, the file {len(items)}")
+    parts = [_fill(filling, item, items[index], (*keys, index)) for index, item in enumerate(like)]
     return lambda values: class_of(like)(make(values) for make in parts)

@@ -80,16 +80,17 @@ def unwrapped(name: str, known: Mapping[str, str]) -> str:
 
 def is_state_dict(tree: Any) -> bool:
     """Whether it is a flat dict name -> tensor."""
-    if not isinstance(tree, dict) or not tree:
+    if not isinstance(tree, dict):
         return False
-    items = cast("dict[Any, Any]", tree).items()
-    kinds = [type(item) for name, item in items if not str(name).endswith("_extra_state")]
-    return all(type(name) is str for name, _ in items) and set(kinds) <= {Stored, Refused} and Stored in kinds
+    items = cast("dict[Any, Any]", tree)
+    kinds: set[Any] = {type(items[name]) for name in items if not str(name).endswith("_extra_state")}
+    return all(type(name) is str for name in items) and kinds <= {Stored, Refused} and Stored in kinds
 
 
 def is_optimizer(tree: Any) -> bool:
-    """Whether it is what `optimizer.state_dict()` returns."""
-    return isinstance(tree, dict) and {"state", "param_groups"} <= set(cast("dict[Any, Any]", tree))
+    """Whether it is what `optimizer.state_dict()` returns; distributed checkpoints leave out a state that is empty."""
+    keys: set[Any] = set(cast("dict[Any, Any]", tree)) if isinstance(tree, dict) else set()
+    return "param_groups" in keys and ("state" in keys or len(keys) == 1)
 
 
 def candidates(tree: Any, fits: Callable[[Any], bool], keys: Keys = ()) -> list[tuple[Keys, Any]]:
@@ -136,11 +137,12 @@ def at_key(tree: Any, key: str | None) -> Any:
         CheckpointError: there is nothing.
     """
     for part in key.split("/") if key else ():
-        items: dict[Any, Any] = {}
-        if isinstance(tree, dict):
-            items = {str(name): item for name, item in cast("dict[Any, Any]", tree).items()}
-        elif isinstance(tree, list | tuple):
-            items = {str(index): item for index, item in enumerate(cast("list[Any]", tree))}
+        inner: Any = tree
+        items: dict[str, Any] = {}
+        if isinstance(inner, dict):
+            items = {str(name): item for name, item in cast("dict[Any, Any]", inner).items()}
+        elif isinstance(inner, list | tuple):
+            items = {str(index): item for index, item in enumerate(cast("list[Any]", inner))}
         if part not in items:
             raise CheckpointError(f"key={key!r} names nothing: there is {', '.join([*items][:8]) or 'no container'}.")
         tree = items[part]

@@ -40,7 +40,7 @@ def optimizer(filling: Filling, like: Optimizer, tree: Any, keys: Keys) -> Make:
     if not plan.groups:
         return filling.problem(keys, f"{plan.name} is an (init, update) pair, which no state dict of torch fits")
     groups = [_plain_dict(group) for group in cast("list[Any]", settled(found["param_groups"]))]
-    rows = _plain_dict(found["state"])
+    rows = _plain_dict(found.get("state"))
     positions = _positions(filling, plan, groups, rows, keys)
     if positions is None:
         return lambda values: None
@@ -104,7 +104,7 @@ class _State:
         self.filling, self.like, self.plan, self.keys = filling, like, like.plan, keys
         self.names = [name for part in self.plan.names for name in part]
         plan = self.plan
-        trees = [like.state] if plan.spec is None else plan.spec.flatten_up_to(like.state)
+        trees: list[Any] = [like.state] if plan.spec is None else plan.spec.flatten_up_to(like.state)
         known: list[Row] = []
         for names, tree in zip(plan.names, trees, strict=True):
             known += [tree.get(name, {}) for name in names]
@@ -140,7 +140,8 @@ class _State:
 
     def row(self, position: int, row: Row, keys: Keys) -> dict[str, Make]:
         """The state of one parameter."""
-        known, found = self.known[position], {}
+        known = self.known[position]
+        found: dict[str, Make] = {}
         if not row:
             if known and self.like.step:
                 self.filling.problem(keys, f"the file has no state for {self.names[position]}, the template has")
@@ -186,7 +187,7 @@ class _State:
         """The largest count of steps in the state; None where the class keeps none."""
         makes: list[Make] = []
         for key, row in rows.items():
-            item = _plain_dict(row).get("step")
+            item: Any = _plain_dict(row).get("step")
             if type(item) in (int, float):
                 makes.append(_kept(float(item)))
             elif type(item) is Stored and item.shape in ((), (1,)):
@@ -197,7 +198,8 @@ class _State:
 
     def group(self, number: int, group: Row) -> dict[str, Any]:
         """The hyperparameters of one group."""
-        old, found = self.like.hyperparams[number], {}
+        old = self.like.hyperparams[number]
+        found: dict[str, Any] = {}
         for name, value in group.items():
             place = (*self.keys, "param_groups", number, name)
             if name in ("params", "param_names") or name in HOW:

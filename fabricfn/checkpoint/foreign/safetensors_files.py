@@ -44,7 +44,7 @@ class Stretch:
 
 
 def opened_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """name -> tensor of a safetensors file, which stays open as long as `stack`.
+    """Name -> tensor of a safetensors file, which stays open as long as `stack`.
 
     Raises:
         CheckpointError: the header is not that of a whole safetensors file; the message names the file.
