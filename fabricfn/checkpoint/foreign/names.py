@@ -121,7 +121,7 @@ def only_one(tree: Any, fits: Callable[[Any], bool], what: str, useful: Callable
     if len(found) == 1:
         return found[0]
     keys = list(cast("dict[Any, Any]", tree)) if isinstance(tree, dict) else []
-    there = ", ".join(map(str, keys[:8])) or type(tree).__name__.lower()
+    there = ", ".join(map(str, keys[:8])) or "nothing with a name"
     if not found:
         raise CheckpointError(f"there is no {what} (there is: {there}{', ...' if len(keys) > 8 else ''})")
     places = ", ".join(path_text(place) for place, _ in found[:8])
