@@ -258,3 +258,15 @@ def test_transformers_opens_what_consolidate_wrote(hub, tmp_path):
         assert not facts["unexpected_keys"]
         same(found.state_dict(), module.state_dict())
         assert found.lm_head.weight is found.transformer.wte.weight
+
+
+def test_a_checkpoint_that_is_not_committed_yet_is_exported_into_its_own_folder(tmp_path):
+    """What `save` does before the commit: the manifest is in memory alone."""
+    module = net()
+    ff.save(RT, tmp_path / "last", {"model": ff.setup_model(RT, module), "n": 3})
+    with exporting.opened(tmp_path / "last") as source:
+        manifest = source.manifest
+    (tmp_path / "last" / "manifest.json").unlink()
+    size = exporting.export_beside(tmp_path / "last", manifest)
+    assert size == (tmp_path / "last" / "model.safetensors").stat().st_size
+    same(load_file(tmp_path / "last" / "model.safetensors"), module.state_dict())

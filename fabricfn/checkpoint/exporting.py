@@ -3,13 +3,14 @@
 The bytes go from the pieces, checked, through one buffer into the new files: no tensor is ever whole in memory.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 from fabricfn.checkpoint.arrays import bytes_of
 from fabricfn.checkpoint.boxes import Box, whole
 from fabricfn.checkpoint.commit import make_folders
-from fabricfn.checkpoint.manifest import ARRAYS, DTYPES, Leaf, Manifest, Node, array_bytes, path_text
-from fabricfn.checkpoint.opening import Source, local_path, opened
+from fabricfn.checkpoint.manifest import ARRAYS, DTYPES, EXPORTED, Leaf, Manifest, Node, array_bytes, path_text
+from fabricfn.checkpoint.opening import READ, Source, local_path, opened
 from fabricfn.checkpoint.outline import Only, Path as Keys, listing, nothing_selected, prune
 from fabricfn.checkpoint.placements import Part
 from fabricfn.checkpoint.reading import read_parts, torch_dtype
@@ -30,8 +31,6 @@ BUFFER = 32 << 20
 SHARD_SIZE = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EXPORTED = re.compile(r"model(?:-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json")
-"""The names of an export's files."""
 UNFINISHED = re.compile(r"\.export-[0-9a-f]{32}-.+")
 
 
@@ -99,6 +98,27 @@ def consolidate(
         shards = sharded(chosen(source.manifest, only, str(source.path)), max_shard_size)
         make_folders(place)
         return export(source, place, shards)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, manifest: Manifest) -> Generator[Source]:
+    """A checkpoint whose data files are written and whose manifest is not yet."""
+    with contextlib.ExitStack() as stack:
+        fds: list[int] = []
+        origins: list[int] = []
+        for number, (name, size) in enumerate(manifest.files):
+            fds.append(os.open(folder / name, READ))
+            stack.callback(os.close, fds[-1])
+            pieces = [piece for leaf in manifest.leaves for piece in leaf.pieces if piece.file == number]
+            origins.append(size - sum(piece.size for piece in pieces))
+        yield Source(path=folder, manifest=manifest, size=0, fds=tuple(fds), origins=tuple(origins))
+
+
+def export_beside(folder: Path, manifest: Manifest) -> int:
+    """Write the models of a checkpoint into its own folder, before it is committed; returns the bytes of the files."""
+    with unfinished(folder, manifest) as source:
+        files = export(source, folder, sharded(chosen(manifest, None, "this tree"), SHARD_SIZE))
+    return sum(file.stat().st_size for file in files)
 
 
 def export(source: Source, folder: Path, shards: Sequence[Sequence[Tensor]]) -> tuple[Path, ...]:
