@@ -270,3 +270,36 @@ def test_a_checkpoint_that_is_not_committed_yet_is_exported_into_its_own_folder(
     size = exporting.export_beside(tmp_path / "last", manifest)
     assert size == (tmp_path / "last" / "model.safetensors").stat().st_size
     same(load_file(tmp_path / "last" / "model.safetensors"), module.state_dict())
+
+
+def save_exported(rt, path, modules):
+    model = ff.setup_model(rt, modules[0])
+    return ff.save(rt, path, {"model": model, "epoch": 3}, export="hf")
+
+
+def test_save_exports_what_several_ranks_sharded_and_appears_whole(tmp_path):
+    module, path = net(), tmp_path / "last"
+    with threads(2) as world:
+        receipt, _ = world.run(save_exported, path, [net(), net()], strategy=ff.strategies.fsdp(units=None))
+    same(load_file(path / "model.safetensors"), module.state_dict())
+    assert receipt.bytes == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    ff.verify_checkpoint(path)
+    assert ff.list_checkpoints(tmp_path) == [path]
+    assert ff.load(RT, path)["epoch"] == 3
+    ff.save(RT, path, {"epoch": 4})  # the export is a checkpoint's own, and goes with it
+    assert sorted(entry.name for entry in path.iterdir()) == ["data", "manifest.json"]
+    alone = tmp_path / "hub"
+    alone.mkdir()
+    (alone / "model.safetensors").write_text("a user's own")
+    with pytest.raises(CheckpointError, match="files that no checkpoint has"):
+        ff.save(RT, alone, {"epoch": 4})
+
+
+def test_an_export_that_fails_leaves_the_checkpoint_that_stood(tmp_path):
+    ff.save(RT, tmp_path / "last", {"epoch": 3})
+    with pytest.raises(CheckpointError, match="holds no Model"):
+        ff.save(RT, tmp_path / "last", {"w": torch.ones(2)}, export="hf")
+    assert ff.load(RT, tmp_path / "last") == {"epoch": 3}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
+    with pytest.raises(ff.ConfigurationError, match="export='hf'"):
+        ff.save(RT, tmp_path / "last", {"w": torch.ones(2)}, export="onnx")

@@ -166,7 +166,9 @@ def test_key_prefix_and_rename_say_what_is_meant(tmp_path):
     torch.save(whole, tmp_path / "whole.pt")
     assert_same(ff.load_raw(RT, tmp_path / "whole.pt", setup(RT), prefix="net."), net)
     torch.save({n.replace("inp", "first"): v for n, v in net.state_dict().items()}, tmp_path / "renamed.pt")
-    assert_same(ff.load_raw(RT, tmp_path / "renamed.pt", setup(RT), rename={"first.": "inp."}), net)
+    assert_same(ff.load_raw(RT, tmp_path / "renamed.pt", setup(RT), rename={"first.*": "inp.*"}), net)
+    with pytest.raises(CheckpointError, match=r"same number of \*"):
+        ff.load_raw(RT, tmp_path / "renamed.pt", setup(RT), rename={"first.*": "inp"})
     more = {**net.state_dict(), "junk": torch.ones(1)}
     torch.save(more, tmp_path / "more.pt")
     dropped = ff.load_raw(RT, tmp_path / "more.pt", setup(RT), rename=lambda name: None if name == "junk" else name)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fabricfn.checkpoint.manifest import DATA, FILE_NAME, MANIFEST, Manifest, to_bytes
+from fabricfn.checkpoint.manifest import DATA, EXPORTED, FILE_NAME, MANIFEST, Manifest, to_bytes
 from fabricfn.checkpoint.writing import sync_folder, write_file
 from fabricfn.errors import CheckpointError
 
@@ -37,7 +37,10 @@ def check_target(target: Path) -> None:
             f"{target} is a file; a checkpoint is a folder, and takes the place of nothing but a checkpoint. Choose"
             " another path, or remove the file."
         )
-    foreign = sorted(name for name in os.listdir(target) if name not in (MANIFEST, DATA) and name[0] != ".")
+    names = os.listdir(target)
+    # an export belongs to a checkpoint only where there is one
+    ours = [name for name in names if MANIFEST in names and EXPORTED.fullmatch(name)]
+    foreign = sorted(name for name in names if name not in (MANIFEST, DATA, *ours) and name[0] != ".")
     if not foreign and (target / DATA).is_dir():
         names = (f"{DATA}/{name}" for name in os.listdir(target / DATA))
         foreign = sorted(name for name in names if not FILE_NAME.fullmatch(name))

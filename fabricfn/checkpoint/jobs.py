@@ -30,6 +30,7 @@ from fabricfn.checkpoint.sharing import (
 )
 from fabricfn.checkpoint.stores import Store, store_at
 from fabricfn.checkpoint.writing import Entry, header
+from fabricfn.errors import ConfigurationError
 from fabricfn.runtimes import Runtime
 from fabricfn.world import World
 
@@ -64,12 +65,19 @@ class Job:
     """This rank's values of the leaves."""
     chores: Sequence[Chore]
     """What this rank writes."""
+    export: str | None
+    """The other layout that shall stand beside it."""
     clear: Callable[[], None]
     """Removes what a save leaves that came to no end; on rank 0, nothing elsewhere."""
 
 
 def planned(
-    rt: Runtime, path: str | os.PathLike[str], tree: Any, only: Only, types: Sequence[CheckpointType] = ()
+    rt: Runtime,
+    path: str | os.PathLike[str],
+    tree: Any,
+    only: Only,
+    types: Sequence[CheckpointType] = (),
+    export: str | None = None,
 ) -> Job:
     """What `save` shall do; rank 0 has a place for it. Collective; see `save` for the arguments and errors."""
     world, what = rt.world, f"ff.save to {os.fspath(path)}"
@@ -78,6 +86,8 @@ def planned(
     plan = stated(world, what, tree, only, types)
 
     def prepare() -> tuple[Draft, tuple[str, str, Holding]]:
+        if export not in (None, "hf"):
+            raise ConfigurationError(f"export={export!r} is not known. Write export='hf', or leave it out.")
         draft = drafted(plan, world.device.type != "cpu")
         save_id = secrets.token_hex(16)
         if world.rank == 0:
@@ -103,6 +113,7 @@ def planned(
         leaves=leaves,
         values=draft.plan.values,
         chores=chores,
+        export=export,
         clear=undo.close,
     )
 
@@ -122,7 +133,8 @@ def carried_out(world: World, job: Job, began: float) -> Receipt:
             if world.rank:
                 return None, (0, 0.0)
             manifest = _manifest(world, job, written)
-            size = job.store.commit(job.save_id, manifest)
+            size = job.store.export(job.save_id, manifest) if job.export else 0
+            size += job.store.commit(job.save_id, manifest)
             return None, (size + sum(size for _, size in manifest.files), time.perf_counter() - began)
 
         size, seconds = together(world, job.what, commit)[1][0]

@@ -17,6 +17,7 @@ def save(
     tree: Any,
     *,
     only: Only = None,
+    export: str | None = None,
     types: Sequence[CheckpointType] = (),
 ) -> Receipt:
     """Write a tree as a checkpoint, so that a crash at any instant leaves the old one or the new one.
@@ -36,12 +37,16 @@ def save(
             written, that of every rank where they differ.
         only: what to save, by path ("model", "model/params/*.weight", several of them, or a predicate of a leaf's
             path); everything by default.
+        export: "hf" puts the `Model`s of the tree beside the manifest once more, as `consolidate` writes them, for
+            safetensors and transformers. Rank 0 does it, a block at a time, before the checkpoint appears; `load` and
+            `verify_checkpoint` do not look at these files.
         types: `CheckpointType` of classes of your own in the tree.
 
     Returns:
         A `Receipt`, the same on every rank.
 
     Raises:
+        ConfigurationError: an unknown `export`.
         CheckpointError: a value cannot be stored (all of them are named), a DTensor is not whole on these ranks, or a
             rank failed (named on every rank).
         MismatchError: the ranks' trees, plain values or shardings differ; the message names the entries.
@@ -55,4 +60,4 @@ def save(
         {'w': tensor([0, 1, 2]), 'epoch': 2}
     """
     began = time.perf_counter()
-    return carried_out(rt.world, planned(rt, path, tree, only, types), began)
+    return carried_out(rt.world, planned(rt, path, tree, only, types, export), began)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fabricfn.checkpoint import commit
+from fabricfn.checkpoint.exporting import export_beside
 from fabricfn.checkpoint.manifest import Manifest
 from fabricfn.checkpoint.opening import local_path
 from fabricfn.checkpoint.writing import write_file
@@ -26,6 +27,8 @@ class Store:
     may be replaced, and killed saves are swept."""
     write: Callable[[str, str, bytes, Parts], tuple[int, list[tuple[int, ...]]]]
     """(save id, file name, header, parts) -> its size and checksums; safe from a power failure when it returns."""
+    export: Callable[[str, Manifest], int]
+    """(save id, manifest) -> the bytes of the files for other tools, which it writes. On rank 0, before the commit."""
     commit: Callable[[str, Manifest], int]
     """(save id, manifest) -> the manifest's size. On rank 0, after all ranks have written: the checkpoint stands."""
 
@@ -44,5 +47,6 @@ def store_at(path: str | os.PathLike[str]) -> Store:
         name=str(target),
         begin=begin,
         write=lambda save_id, name, head, parts: write_file(str(commit.work_at(target, save_id) / name), head, parts),
+        export=lambda save_id, manifest: export_beside(commit.work_at(target, save_id), manifest),
         commit=lambda save_id, manifest: commit.commit(commit.work_at(target, save_id), target, manifest),
     )

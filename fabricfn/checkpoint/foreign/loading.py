@@ -63,8 +63,8 @@ def load_raw(
         prefix: take the names that begin with it, without it: "encoder.", "" for names as they are. By default the
             parts that DDP, FSDP, Fabric, torch.compile and activation checkpointing put into names ("module.",
             "_orig_mod.", ...) are taken away where the model has no such name.
-        rename: the file's names to the model's: a function (None leaves a name out), or a dict of beginnings,
-            {"backbone.": "encoder."}.
+        rename: names of the file's state dict to the model's: {"backbone.*": "encoder.*"}, with `*` for any text, or a
+            function of a name (None leaves it out).
         cast: convert floating tensors to the dtype that `like` has.
         strict: a Model's names and the file's must be the same. Entries of the file that a dict of `like` does not
             name are never an error.

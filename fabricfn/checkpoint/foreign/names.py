@@ -1,5 +1,6 @@
 """Names of a state dict and names of a Model: where the state dict lies in the file, wrappers' prefixes, tied names."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -12,7 +13,8 @@ WRAPPERS = frozenset({"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_m
 """What DDP, torch.compile, Fabric, FSDP and activation checkpointing put into names."""
 
 Rename = Callable[[str], str | None] | Mapping[str, str]
-"""A function name -> name, or None for what is left out; or the beginnings of names that change."""
+"""A function name -> name, or None for what is left out; or {name in the file: name in the model}, with `*` for any
+text."""
 
 
 def canonical(model: Model) -> dict[str, str]:
@@ -54,13 +56,22 @@ def renamed(
         if callable(rename):
             new = rename(new)
         elif rename is not None:
-            heads = [old for old in rename if new.startswith(old)]
-            if heads:
-                head = max(heads, key=len)
-                new = rename[head] + new.removeprefix(head)
+            new = _by_patterns(new, rename)
         if new is not None:
             found[name] = new if prefix is not None else unwrapped(new, known)
     return found
+
+
+def _by_patterns(name: str, rename: Mapping[str, str]) -> str:
+    """The new name by the first pattern that fits."""
+    for old, new in rename.items():
+        if old.count("*") != new.count("*"):
+            raise CheckpointError(f"rename={{{old!r}: {new!r}}}: both sides have the same number of *")
+        fits = re.fullmatch("(.*)".join(map(re.escape, old.split("*"))), name, re.DOTALL)
+        if fits is not None:
+            texts = iter((*fits.groups(), ""))
+            return "".join(part + next(texts) for part in new.split("*"))
+    return name
 
 
 def unwrapped(name: str, known: Mapping[str, str]) -> str:
