@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from fabricfn.checkpoint.adapters import adapter_of
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.foreign.dcp import has_more, whole_tree
 from fabricfn.checkpoint.foreign.filling import Filling, Make, Options, values_of
@@ -191,10 +190,9 @@ def _fill(filling: Filling, like: Any, tree: Any, keys: Keys) -> Make:
             tree.text if type(tree) is Refused else f"the template has a plain value, the file a {type(tree).__name__}"
         )
         return filling.problem(keys, text)
-    named = "records" if adapter_of(like) else "objects"
     return filling.problem(
         keys,
-        f"{named} of class {kind.__name__} cannot be filled; write a dict, a Model, an Optimizer, a tensor, or None",
+        f"an object of class {kind.__name__} cannot be filled; write a dict, a Model, an Optimizer, a tensor, or None",
     )
 
 
