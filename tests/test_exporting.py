@@ -25,9 +25,10 @@ RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategi
 
 
 def net(seed=0):
+    """An odd count of numbers of 4 bytes, and then one of 8."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 5, bias=False))
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 4, bias=False))
 
 
 def read_all(files):
@@ -50,6 +51,9 @@ def test_a_model_becomes_one_file_with_its_own_names(tmp_path):
     files = ff.consolidate(tmp_path / "last", tmp_path / "new" / "hub")
     assert files == (tmp_path / "new" / "hub" / "model.safetensors",)
     same(read_all(files), module.state_dict())
+    header = json.loads(files[0].read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
+    sizes = {"F32": 4, "I64": 8}
+    assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for entry in header.values() if "dtype" in entry)
     with safe_open(files[0], "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert files[0].stat().st_mode & 0o777 == 0o666 & ~_umask()

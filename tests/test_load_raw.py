@@ -636,6 +636,17 @@ def test_an_index_leads_nowhere_but_beside_itself(tmp_path, name):
         ff.load_raw(RT, folder)
 
 
+def test_shards_of_pytorch_files_are_read(tmp_path):
+    state = Net().state_dict()
+    names = list(state)
+    placed = {name: f"pytorch_model-{1 + i % 2:05d}-of-00002.bin" for i, name in enumerate(names)}
+    for shard in set(placed.values()):
+        torch.save({name: state[name] for name in names if placed[name] == shard}, tmp_path / shard)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    assert_same(ff.load_raw(RT, tmp_path, setup(RT)), Net())
+    assert_same(ff.load_raw(RT, tmp_path / "pytorch_model.bin.index.json", setup(RT)), Net())
+
+
 def test_shards_that_are_links_missing_or_of_another_save_are_refused(tmp_path):
     save_file({"w": torch.ones(1)}, tmp_path / "outside.safetensors")
     folder = tmp_path / "model"
