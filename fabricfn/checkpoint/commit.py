@@ -74,11 +74,15 @@ def work_folder(target: Path, save_id: str) -> tuple[Path, int]:
     if target.exists():
         sweep(target, "old")
     work = work_at(target, save_id)
-    os.mkdir(work)
-    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever swept there
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.mkdir(work / DATA)
+    with contextlib.ExitStack() as undo:  # a disk without room for the second folder, Ctrl-C
+        undo.callback(remove, work)
+        os.mkdir(work)
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        undo.callback(os.close, lock)
+        with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever swept there
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.mkdir(work / DATA)
+        undo.pop_all()
     return work, lock
 
 
