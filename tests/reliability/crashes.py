@@ -98,7 +98,9 @@ def power_failures(name: str, save: Save = blocking, seed: int = 0, without: str
         counts: crash points, states, in how many the old and the new one stood, how many were lost or mixed; how many
         were lost after `save` had returned; and what was left after the next save.
     """
-    counts = Counter({key: 0 for key in ("points", "states", "the old", "the new", "lost", "acknowledged, lost", "left")})
+    counts = Counter(
+        {key: 0 for key in ("points", "states", "the old", "the new", "lost", "acknowledged, lost", "left")}
+    )
     dice = random.Random(seed)
     with scratch("/dev/shm" if os.path.isdir("/dev/shm") else None) as base:
         real, copy = base / "real", base / "copy"
@@ -127,8 +129,64 @@ def power_failures(name: str, save: Save = blocking, seed: int = 0, without: str
                 counts[kind] += 1
                 if way in ("all", "none"):
                     operate_again(name, copy, save)
-                    counts["left"] += sum(part.startswith(".") for part in os.listdir(copy / OPERATIONS[name][0] / ".."))
+                    counts["left"] += sum(
+                        part.startswith(".") for part in os.listdir(copy / OPERATIONS[name][0] / "..")
+                    )
                 shutil.rmtree(copy)
+    return dict(counts)
+
+
+class Killed(BaseException):
+    """Ends a save as a kill does: every further call raises it too, so that nothing is cleaned up."""
+
+
+def kill_then_power_failure(name: str, save: Save = blocking, seed: int = 0) -> dict[str, int]:
+    """A save is killed at each of its calls, the next one is cut short by a power failure after each of its calls.
+
+    What the killed one had not flushed is not safe while the next one cleans up after it.
+
+    Returns:
+        counts: states, in how many one of the three numbers stood, and how many were lost; or were not the newest
+        after the second save had returned.
+    """
+    counts: Counter[str] = Counter({key: 0 for key in ("states", "whole", "lost", "acknowledged, lost")})
+    dice = random.Random(seed)
+    place, _, saver = OPERATIONS[name]
+    alive, point = False, 0
+    while not alive:
+        point += 1
+        with scratch("/dev/shm" if os.path.isdir("/dev/shm") else None) as base:
+            real, copy = base / "real", base / "copy"
+            real.mkdir()
+            _, operate = prepared(name, real, save)
+            recorder = Recorder(real)
+            start, before = taken(recorder), standing_in(name, real)
+
+            def kill(kind: str, path: str) -> None:
+                if len(recorder.calls) >= point:
+                    raise Killed
+
+            with recorded(recorder):
+                recorder.before = kill
+                try:
+                    operate()
+                    alive = True
+                except Killed:
+                    recorder.before = lambda kind, path: None
+                    saver(save, real / place, 2)
+            calls = recorder.calls
+            for end in range(point, len(calls) + 1):
+                for way in WAYS:
+                    after_failure(start, calls[:end], way, dice).put(copy)
+                    counts["states"] += 1
+                    try:
+                        found = standing_in(name, copy)
+                    except (AssertionError, CheckpointError):
+                        found = -1
+                    acknowledged = not alive and end == len(calls)
+                    whole = found == 2 if acknowledged else found in (before, 1, 2)
+                    counts["whole" if whole else "acknowledged, lost" if acknowledged else "lost"] += 1
+                    shutil.rmtree(copy)
     return dict(counts)
 
 

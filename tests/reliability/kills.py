@@ -13,7 +13,17 @@ from typing import Any
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.reliability.scene import ALONE, Save, blocking, load_quietly, member, non_blocking, number_of, scratch, tree_of
+from tests.reliability.scene import (
+    ALONE,
+    Save,
+    blocking,
+    load_quietly,
+    member,
+    non_blocking,
+    number_of,
+    scratch,
+    tree_of,
+)
 
 WORLDS = {
     "1 rank": (1, (0,)),
@@ -114,7 +124,9 @@ def kills(
         `CheckpointError`; and what was left after the next save.
     """
     size, victims = WORLDS[world]
-    counts = Counter({name: 0 for name in ("kills", "the old", "the new", "lost", "mixed", "survivors unclear", "left")})
+    counts = Counter(
+        {name: 0 for name in ("kills", "the old", "the new", "lost", "mixed", "survivors unclear", "left")}
+    )
     dice = random.Random(seed)
     with scratch(base) as folder:
         number = 0
@@ -134,9 +146,7 @@ def kills(
 def rows(count: int, non_blocking_too: bool = False, **options: Any) -> dict[str, dict[str, int]]:
     """Every row of R1, `count` kills over all of them."""
     saves = {"blocking": blocking, **({"non-blocking": non_blocking} if non_blocking_too else {})}
-    combinations = [
-        (name, world, target) for name in saves for target in TARGETS for world in WORLDS
-    ]
+    combinations = [(name, world, target) for name in saves for target in TARGETS for world in WORLDS]
     return {
         f"{name}, {target}, {world}": kills(
             -(-count // len(combinations)), world=world, target=target, save=saves[name], seed=number, **options

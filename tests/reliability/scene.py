@@ -42,7 +42,12 @@ def tree_of(number: int, elements: int = 100_000) -> dict[str, Any]:
 
 def number_of(tree: dict[str, Any]) -> int | None:
     """The number that all leaves tell; None for a mixture."""
-    numbers = {tree["n"], tree["small"].item(), *(float(w.min()) for w in tree["w"]), *(float(w.max()) for w in tree["w"])}
+    numbers = {
+        tree["n"],
+        tree["small"].item(),
+        *(float(w.min()) for w in tree["w"]),
+        *(float(w.max()) for w in tree["w"]),
+    }
     return int(numbers.pop()) if len(numbers) == 1 else None
 
 
