@@ -115,7 +115,8 @@ def sweep_others(work: Path) -> None:
 
     A run that is resumed need not save the very step again at which it was killed.
     """
-    now, found = os.stat(work).st_mtime, []
+    now = os.stat(work).st_mtime
+    found: list[str] = []
     for name in filter(WORK.fullmatch, os.listdir(work.parent)):
         with contextlib.suppress(OSError):
             if now - os.stat(work.parent / name).st_mtime > ABANDONED:
