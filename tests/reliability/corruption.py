@@ -26,7 +26,10 @@ def tree_of_kinds(seed: int) -> dict[str, Any]:
     return {
         "large": row,
         "model": {"w": torch.randn(300, 40, generator=dice), "b": torch.randn(300, generator=dice).bfloat16()},
-        "long": [torch.randint(1, 1 << 60, (500,), generator=dice), torch.randn(9, generator=dice).to(torch.complex128)],
+        "long": [
+            torch.randint(1, 1 << 60, (500,), generator=dice),
+            torch.randn(9, generator=dice).to(torch.complex128),
+        ],
         "numpy": torch.randn(4, 5, generator=dice).numpy(),
         "plain": (seed, "text", 0.5, None, b"bytes", True),
     }
@@ -170,7 +173,7 @@ def corruptions(count: int, seed: int = 0) -> dict[str, dict[str, int]]:
         good = files_of(place)
         assert good.keys() == stale.keys() and len(good) == 3
         for kind, (share, corrupt) in KINDS.items():
-            counts = found[kind] = Counter({key: 0 for key in ("corruptions", "named", "unnamed", "silent")})
+            counts = found[kind] = Counter(dict.fromkeys(("corruptions", "named", "unnamed", "silent"), 0))
             for _ in range(max(1, count * share // 100)):
                 changed, names = corrupt(dice, good, stale)
                 while all(good[name] == data for name, data in changed.items()):

@@ -8,14 +8,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import fabricfn as ff
 from fabricfn.checkpoint import commit
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
-from tests.reliability.filesystem import WAYS, Call, Disk, Recorder, after_failure, recorded, taken
+from tests.reliability.filesystem import WAYS, Disk, Recorder, after_failure, recorded, taken
 from tests.reliability.scene import ALONE, Save, blocking, load_quietly, number_of, scratch, tree_of
 
 ELEMENTS = 3000
@@ -98,9 +97,7 @@ def power_failures(name: str, save: Save = blocking, seed: int = 0, without: str
         counts: crash points, states, in how many the old and the new one stood, how many were lost or mixed; how many
         were lost after `save` had returned; and what was left after the next save.
     """
-    counts = Counter(
-        {key: 0 for key in ("points", "states", "the old", "the new", "lost", "acknowledged, lost", "left")}
-    )
+    counts = Counter(dict.fromkeys(("points", "states", "the old", "the new", "lost", "acknowledged, lost", "left"), 0))
     dice = random.Random(seed)
     with scratch("/dev/shm" if os.path.isdir("/dev/shm") else None) as base:
         real, copy = base / "real", base / "copy"
@@ -140,7 +137,9 @@ class Killed(BaseException):
     """Ends a save as a kill does: every further call raises it too, so that nothing is cleaned up."""
 
 
-def kill_then_power_failure(name: str, save: Save = blocking, seed: int = 0) -> dict[str, int]:
+def kill_then_power_failure(
+    name: str, save: Save = blocking, seed: int = 0, ways: tuple[str, ...] = WAYS
+) -> dict[str, int]:
     """A save is killed at each of its calls, the next one is cut short by a power failure after each of its calls.
 
     What the killed one had not flushed is not safe while the next one cleans up after it.
@@ -149,7 +148,7 @@ def kill_then_power_failure(name: str, save: Save = blocking, seed: int = 0) -> 
         counts: states, in how many one of the three numbers stood, and how many were lost; or were not the newest
         after the second save had returned.
     """
-    counts: Counter[str] = Counter({key: 0 for key in ("states", "whole", "lost", "acknowledged, lost")})
+    counts: Counter[str] = Counter(dict.fromkeys(("states", "whole", "lost", "acknowledged, lost"), 0))
     dice = random.Random(seed)
     place, _, saver = OPERATIONS[name]
     alive, point = False, 0
@@ -176,7 +175,7 @@ def kill_then_power_failure(name: str, save: Save = blocking, seed: int = 0) -> 
                     saver(save, real / place, 2)
             calls = recorder.calls
             for end in range(point, len(calls) + 1):
-                for way in WAYS:
+                for way in ways:
                     after_failure(start, calls[:end], way, dice).put(copy)
                     counts["states"] += 1
                     try:
@@ -221,7 +220,7 @@ def failing_calls(name: str, error: Callable[[], BaseException], save: Save = bl
         counts: calls that failed; errors that `save` raised, by class; in how many runs the old and the new one stood
         afterwards, how many were lost; and what was left after the next save in this very process.
     """
-    counts: Counter[str] = Counter({key: 0 for key in ("calls", "the old", "the new", "lost", "left", "said nothing")})
+    counts: Counter[str] = Counter(dict.fromkeys(("calls", "the old", "the new", "lost", "left", "said nothing"), 0))
     point, reached = 0, True
     while reached:
         reached = False
@@ -256,8 +255,3 @@ def failing_calls(name: str, error: Callable[[], BaseException], save: Save = bl
             operate_again(name, root, save)
             counts["left"] += sum(part.startswith(".") for part in os.listdir((root / OPERATIONS[name][0]).parent))
     return dict(counts)
-
-
-def rows() -> dict[str, dict[str, int]]:
-    """Every row of R2."""
-    return {name: power_failures(name) for name in OPERATIONS}

@@ -286,7 +286,7 @@ def handmade(every: int = 1, report: Callable[[str, str], None] = lambda name, e
         every: of the manifests with one wrong field, take every so many.
         report: called with the name and the end of each that is neither an error nor a right load in time.
     """
-    counts: Counter[str] = Counter({key: 0 for key in ("inputs", "error", "right load", "slow", "other")})
+    counts: Counter[str] = Counter(dict.fromkeys(("inputs", "error", "right load", "slow", "other"), 0))
     with scratch("/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         place = made(folder)
         whole = (place / MANIFEST).read_bytes()
@@ -347,7 +347,7 @@ def mutated(good: Any, changes: list[Any]) -> bytes:
     for place, kind, value, number in changes:
         paths = paths_in(text)
         path = paths[place % len(paths)]
-        holder, key = inner(text, path[:-1]), path[-1]
+        holder, key, value = inner(text, path[:-1]), path[-1], copy.deepcopy(value)
         if kind in ("replace", "int"):
             holder[key] = value if kind == "replace" else number
         elif kind == "remove":
@@ -359,9 +359,9 @@ def mutated(good: Any, changes: list[Any]) -> bytes:
             if kind == "swap":
                 holder[key], holder[other] = holder[other], holder[key]
             else:
-                holder.insert(other, holder[key] if kind == "twice" else value)
+                holder.insert(other, copy.deepcopy(holder[key]) if kind == "twice" else value)
         else:
-            holder[str(value)[:40]] = holder[key]
+            holder[str(value)[:40]] = copy.deepcopy(holder[key])
     return signed(text)
 
 
@@ -412,7 +412,7 @@ def fuzz(
     count: int, seed: int = 0, size: int = 2000, report: Callable[[str, bytes], None] = lambda end, data: None
 ) -> dict[str, int]:
     """Fuzz so many manifests, in children of `size` inputs each whose memory is bounded."""
-    counts: Counter[str] = Counter({key: 0 for key in ("inputs", "error", "right load", "slow", "other")})
+    counts: Counter[str] = Counter(dict.fromkeys(("inputs", "error", "right load", "slow", "other"), 0))
     with scratch("/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         place = made(folder)
         whole = (place / MANIFEST).read_bytes()

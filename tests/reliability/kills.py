@@ -1,5 +1,6 @@
 """R1: kill -9 at a random instant of a save over an existing checkpoint, or of a save into a new folder."""
 
+import functools
 import os
 import random
 import select
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fabricfn as ff
+from fabricfn.checkpoint import commit
 from fabricfn.errors import CheckpointError
 from tests.reliability.scene import (
     ALONE,
@@ -32,18 +34,20 @@ WORLDS = {
     "2 ranks, rank 1 killed": (2, (1,)),
 }
 """What is killed -> how many ranks, and which of them are killed."""
-TARGETS = ("over the last one", "a folder a step")
+OVER, ASIDE, STEPS = TARGETS = ("over the last one", "over the last one, no exchange", "a folder a step")
 PATIENCE = 20.0
 """Seconds that a survivor gets to fail and end."""
 
 
 def place_of(folder: Path, target: str, number: int) -> Path:
     """Where the save of this number goes."""
-    return folder / ("last" if target == TARGETS[0] else f"step-{number}")
+    return folder / (f"step-{number}" if target == STEPS else "last")
 
 
 def rank_main(rank: int, size: int, folder: Path, meeting: str, save: Save, target: str, number: int, out: int) -> None:
     """Save one number after the other and tell each on the pipe, for ever; a survivor tells its error's kind."""
+    if target == ASIDE:
+        commit.put_in_place = functools.partial(commit.put_in_place, exchange=lambda a, b: False)
     try:
         with member(rank, size, meeting) as rt:
             while True:
@@ -99,7 +103,7 @@ def judge(folder: Path, target: str, before: int, told: list[list[str]], counts:
     """Compare what is there with what was promised; returns the number that stands now."""
     promised = max([before, *(int(word) for _, word in told if word.isdigit())])
     path: Path | None = place_of(folder, target, 0)
-    if target != TARGETS[0]:
+    if target == STEPS:
         path = ff.latest(folder)
     try:
         found = None if path is None else number_of(load_quietly(path))
@@ -124,9 +128,7 @@ def kills(
         `CheckpointError`; and what was left after the next save.
     """
     size, victims = WORLDS[world]
-    counts = Counter(
-        {name: 0 for name in ("kills", "the old", "the new", "lost", "mixed", "survivors unclear", "left")}
-    )
+    counts = Counter(dict.fromkeys(("kills", "the old", "the new", "lost", "mixed", "survivors unclear", "left"), 0))
     dice = random.Random(seed)
     with scratch(base) as folder:
         number = 0
@@ -143,13 +145,14 @@ def kills(
     return dict(counts)
 
 
-def rows(count: int, non_blocking_too: bool = False, **options: Any) -> dict[str, dict[str, int]]:
+def rows(count: int, non_blocking_too: bool = False, seed: int = 0, **options: Any) -> dict[str, dict[str, int]]:
     """Every row of R1, `count` kills over all of them."""
     saves = {"blocking": blocking, **({"non-blocking": non_blocking} if non_blocking_too else {})}
     combinations = [(name, world, target) for name in saves for target in TARGETS for world in WORLDS]
     return {
         f"{name}, {target}, {world}": kills(
-            -(-count // len(combinations)), world=world, target=target, save=saves[name], seed=number, **options
+            -(-count // len(combinations)),
+            **{**options, "world": world, "target": target, "save": saves[name], "seed": seed + number},
         )
         for number, (name, world, target) in enumerate(combinations)
     }
