@@ -1,4 +1,4 @@
-"""R13: what the interpreter itself tells of a load: nothing is imported, unpickled, compiled or run, nothing else read."""
+"""R13: what the interpreter itself tells of a load: it imports, unpickles, compiles and runs nothing."""
 
 import json
 import os

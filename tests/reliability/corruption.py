@@ -1,4 +1,4 @@
-"""R3: bits flipped, files cut, zeroed, swapped, stale, missing, manifests edited: each is an error that names the file."""
+"""R3: flipped, cut, zeroed, swapped, stale and missing files, edited manifests: errors that name the file."""
 
 import hashlib
 import json

@@ -214,27 +214,36 @@ def pinwheels(count: int) -> list[tuple[list[int], list[int]]]:
     return [*boxes, ([low, low], [1, 1])]
 
 
-def large_ones(good: Any) -> Iterator[tuple[str, bytes]]:
-    """Manifests of about a megabyte, each made to cost much."""
+def large_ones(good: Any, parts: int = 1) -> Iterator[tuple[str, bytes]]:
+    """Manifests of about a megabyte, or so many parts of it, each made to cost much."""
     none, empty = {"path": "", "kind": "none"}, array([0], [([0], [0])])
     file = {"files": good["files"][:1]}
-    yield "20,000 leaves of nothing", signed(many(good, none, 20_000))
-    yield "6,000 arrays without elements", signed(many(good, empty, 6_000, **file))
-    yield "one array in 10,000 empty pieces", signed(many(good, array([0], [([0], [0])] * 10_000), 1, **file))
-    yield "a staircase of 8,000 boxes", signed(many(good, array([8000, 8000], staircase(8000)), 1, **file))
+    yield "20,000 leaves of nothing", signed(many(good, none, 20_000 // parts))
+    yield "6,000 arrays without elements", signed(many(good, empty, 6_000 // parts, **file))
+    yield (
+        "one array in 10,000 empty pieces",
+        signed(many(good, array([0], [([0], [0])] * (10_000 // parts)), 1, **file)),
+    )
+    yield (
+        "a staircase of 8,000 boxes",
+        signed(many(good, array([8000 // parts] * 2, staircase(8000 // parts)), 1, **file)),
+    )
     yield "a staircase of 1,000 boxes, cut late", signed(many(good, wide(staircase(1000), 30), 1, **file))
-    yield "pinwheels, 2,000 rings", signed(many(good, array([4001, 4001], pinwheels(2000)), 1, **file))
-    yield "50 arrays, each a tangle", signed(many(good, array([125, 125], pinwheels(62)), 50, **file))
-    yield "1,300 arrays, each a small tangle", signed(many(good, array([11, 11], pinwheels(5)), 650, **file))
+    yield (
+        "pinwheels, 2,000 rings",
+        signed(many(good, array([4000 // parts + 1] * 2, pinwheels(2000 // parts)), 1, **file)),
+    )
+    yield "50 arrays, each a tangle", signed(many(good, array([125, 125], pinwheels(62)), 50 // parts, **file))
+    yield "1,300 arrays, each a small tangle", signed(many(good, array([11, 11], pinwheels(5)), 650 // parts, **file))
     for opening, name in ((b"[", "lists"), (b'{"t":"list","c":[', "containers"), (b'{"a":', "objects")):
-        yield f"{name}, 50,000 deep", resigned(opening * 50_000)
+        yield f"{name}, 50,000 deep", resigned(opening * (50_000 // parts))
     body = json.dumps(good, separators=(",", ":")).encode()[:-1]
-    yield "a million empty lists", resigned(body + b',"x":[' + b"[]," * 350_000 + b"0]")
-    yield "a long number", resigned(body + b',"x":' + b"9" * 1_000_000)
-    yield "a long string", resigned(body + b',"x":"' + b"\\u0041" * 170_000 + b'"')
+    yield "a million empty lists", resigned(body + b',"x":[' + b"[]," * (350_000 // parts) + b"0]")
+    yield "a long number", resigned(body + b',"x":' + b"9" * (1_000_000 // parts))
+    yield "a long string", resigned(body + b',"x":"' + b"\\u0041" * (170_000 // parts) + b'"')
     yield "every key twice", resigned(body + b"," + body[1:])
     yield "200 dimensions", signed(many(good, array([1] * 200, [([0] * 200, [1] * 200)]), 1, **file))
-    chain = [array([0], [([0], [0])]), *({**empty, "pieces": None, "alias": 0} for _ in range(9_000))]
+    chain = [array([0], [([0], [0])]), *({**empty, "pieces": None, "alias": 0} for _ in range(9_000 // parts))]
     aliased = {**good, **file, "tree": {"t": "tuple", "c": list(range(len(chain)))}, "leaves": chain}
     yield "9,000 names for one array", signed(aliased)
 
@@ -260,7 +269,8 @@ def folders(place: Path, good: Any) -> Iterator[tuple[str, Callable[[], None]]]:
     def listening(path: Path) -> None:
         here = os.getcwd()
         os.chdir(path.parent)  # the path of a socket is short
-        socket.socket(socket.AF_UNIX).bind(path.name)
+        with socket.socket(socket.AF_UNIX) as door:
+            door.bind(path.name)
         os.chdir(here)
 
     for part in (MANIFEST, name):
@@ -279,11 +289,11 @@ def folders(place: Path, good: Any) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "data is missing", instead("data", lambda path: None)
 
 
-def handmade(every: int = 1, report: Callable[[str, str], None] = lambda name, end: None) -> dict[str, int]:
+def handmade(parts: int = 1, report: Callable[[str, str], None] = lambda name, end: None) -> dict[str, int]:
     """Every manifest and folder made by hand, each in a child of its own.
 
     Args:
-        every: of the manifests with one wrong field, take every so many.
+        parts: take one of so many of the manifests with one wrong field, and make the large ones so much smaller.
         report: called with the name and the end of each that is neither an error nor a right load in time.
     """
     counts: Counter[str] = Counter(dict.fromkeys(("inputs", "error", "right load", "slow", "other"), 0))
@@ -296,8 +306,8 @@ def handmade(every: int = 1, report: Callable[[str, str], None] = lambda name, e
         def manifest(data: bytes) -> Callable[[], Any]:
             return lambda: (place / MANIFEST).write_bytes(data)
 
-        cases += [(name, manifest(signed(text))) for name, text in list(replacements(good))[::every]]
-        cases += [(name, manifest(data)) for name, data in large_ones(good)]
+        cases += [(name, manifest(signed(text))) for name, text in list(replacements(good))[::parts]]
+        cases += [(name, manifest(data)) for name, data in large_ones(good, parts)]
         cases += folders(place, good)
         for name, change in cases:
             change()

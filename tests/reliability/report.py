@@ -36,11 +36,11 @@ folder that the caller has just made, that folder's name is flushed as long as t
     "R3": """## Damage
 
 A checkpoint of two ranks, arrays of several dtypes, one larger than a checksum's block. `ff.load` and
-`ff.verify_checkpoint` must both raise a `CheckpointError` that names the file. Every byte of every
-file is covered: data by a CRC-32 each 4 MiB, headers by comparison with the manifest, the manifest by its SHA-256. Whoever edits a manifest and
-makes its SHA-256 right again is found where the data files tell otherwise (sizes, places, shapes, dtypes, checksums,
-save id). What only the manifest says (plain values, names, the time, the strategy) can be rewritten like that: a
-checksum is no signature.
+`ff.verify_checkpoint` must both raise a `CheckpointError` that names the file. Every byte of every file is covered:
+data by a CRC-32 each 4 MiB, headers by comparison with the manifest, the manifest by its SHA-256. Whoever edits a
+manifest and makes its SHA-256 right again is found where the data files tell otherwise (sizes, places, shapes, dtypes,
+checksums, save id). What only the manifest says (plain values, names, the time, the strategy) can be rewritten like
+that: a checksum is no signature.
 """,
     "R4": """## Hostile checkpoints
 
