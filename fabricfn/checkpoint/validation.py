@@ -35,8 +35,9 @@ from fabricfn.errors import CheckpointError
 
 LARGE = 1 << 62
 LAST_YEAR = 253_370_764_800  # the beginning of 9999
-NUMPY = {"bool", "complex64", "complex128"} | {f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)}
-NUMPY |= {"float16", "float32", "float64"}
+NUMPY = {"bool", "complex64", "complex128", "float16", "float32", "float64"} | {
+    f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)
+}
 
 
 class Invalid(Exception):
