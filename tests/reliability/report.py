@@ -28,7 +28,8 @@ a small model of a file system (`tests/reliability/filesystem.py`) tells what a 
 leave: of what was not yet flushed, each write and each name on its own may be there or not, a write also in part or as
 zeros. Each such disk is made and loaded. Once `save` has returned, only the new checkpoint counts. "After a kill": a
 save is killed at each of its calls, and the power fails after each call of the next. "A call fails": each call raises
-an input/output error once; the next save in the same process finds and leaves nothing.
+an input/output error once; the next save in the same process finds and leaves nothing ("no error": what failed was the
+removal of something after the commit). "The old" of a first save is nothing.
 
 The promise needs a file system that keeps what was fsynced, and whose rename is atomic. Where a checkpoint stands in a
 folder that the caller has just made, that folder's name is flushed as long as the folder is empty.
@@ -92,7 +93,7 @@ def table(rows: dict[str, dict[str, int]]) -> str:
     """Rows of counts, a table for each set of columns."""
     lines: list[str] = []
     columns: list[str] = []
-    for name, counts in rows.items():
+    for name, counts in grouped(rows).items():
         if list(counts) != columns:
             columns = list(counts)
             lines += ["", f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
@@ -112,7 +113,7 @@ def page(found: dict[str, Any]) -> str:
             figure = found[name]
             parts += [
                 text,
-                table(grouped(figure["rows"])) + "\n",
+                table(figure["rows"]) + "\n",
                 f"{name}, {figure['date']}, {figure['seconds']} s.\n",
             ]
     return "\n".join([*parts, PEERS])
