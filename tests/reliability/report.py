@@ -114,7 +114,7 @@ def page(found: dict[str, Any]) -> str:
             parts += [
                 text,
                 table(figure["rows"]) + "\n",
-                f"{name}, {figure['date']}, {figure['seconds']} s.\n",
+                f"{name}, {figure['date']}, {figure['seconds']} s.{figure.get('note', '')}\n",
             ]
     return "\n".join([*parts, PEERS])
 
