@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import random
 import resource
 import shutil
 import struct
@@ -499,61 +498,6 @@ def test_what_killed_saves_left_is_swept_and_what_a_living_one_writes_is_not(tmp
     assert sorted(os.listdir(tmp_path)) == sorted([other.name, "c"])
 
 
-KILLS = """
-import functools, os, random, select, signal, sys
-import torch
-import fabricfn as ff
-from fabricfn.checkpoint import commit, saving
-
-target, exchange, kills = sys.argv[1], sys.argv[2] == "exchange", int(sys.argv[3])
-if not exchange:
-    saving.put_in_place = functools.partial(commit.put_in_place, exchange=lambda a, b: False)
-rt = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
-
-
-def tree(number):
-    return {"n": number, "w": [torch.full((100_000,), float(number)) for _ in range(3)]}
-
-
-ff.save(rt, target, tree(0))
-dice, number = random.Random(int(sys.argv[4])), 0
-for kill in range(kills):
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        while True:
-            number += 1
-            ff.save(rt, target, tree(number))
-            os.write(write, b".")
-    os.close(write)
-    select.select([read], [], [])
-    select.select([], [], [], dice.uniform(0, 0.05))  # a random instant within the second or a later save
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    acknowledged = 0
-    while data := os.read(read, 1000):
-        acknowledged += len(data)
-    os.close(read)
-    found = ff.load(rt, target)
-    assert found["n"] in (number + acknowledged, number + acknowledged + 1), (found["n"], number, acknowledged)
-    assert all(bool((w == found["n"]).all()) for w in found["w"])
-    number = found["n"]
-ff.save(rt, target, tree(number))
-print(sorted(os.listdir(os.path.dirname(target))))
-"""
-
-
-@pytest.mark.parametrize("way", ["exchange", "aside"])
-def test_a_kill_at_any_instant_leaves_the_old_or_the_new(tmp_path, way):
-    arguments = [str(tmp_path / "c"), way, "15", str(random.randrange(1000))]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLS, *arguments], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{arguments}: {done.stderr}"
-    assert done.stdout.strip() == "['c']"
-
-
 def test_a_reader_never_sees_a_mixture_while_the_checkpoint_is_replaced(tmp_path):
     def tree(number):
         return {"n": number, "w": [torch.full((1000,), float(number)) for _ in range(3)]}
@@ -591,23 +535,6 @@ def checkpoint_of_two_files(folder):
     with threads(2) as world:
         world.run(save_common, folder, 7)
     return folder
-
-
-def test_every_flipped_bit_is_found(tmp_path):
-    whole = checkpoint_of_two_files(tmp_path / "c")
-    dice = random.Random(0)
-    names = sorted(folder_of(whole))
-    assert len(names) == 3
-    for trial in range(60):
-        name = names[trial % 3]
-        position, mask = dice.randrange((whole / name).stat().st_size), 1 << dice.randrange(8)
-        damage(whole / name, position, mask)
-        for read in (lambda: ff.load(RT, whole), lambda: ff.verify_checkpoint(whole)):
-            with pytest.raises(CheckpointError) as caught:
-                read()
-            assert name in str(caught.value), (name, position, mask)
-        damage(whole / name, position, mask)
-    assert ff.load(RT, whole)["epoch"] == 7
 
 
 def test_cut_missing_swapped_and_foreign_files_are_named(tmp_path):

@@ -24,7 +24,8 @@ def together(world: World, what: str, work: Callable[[], tuple[T, Any]]) -> tupl
 
     Raises:
         CheckpointError: it failed on some rank; the message names the ranks and their errors. With one rank, or when
-            it failed on all, an error of this package is raised as it is.
+            it failed on all, an error of this package is raised as it is. Or a rank ended, or did not call within
+            the timeout of the group.
     """
     mine: Any = None
     data: Any = None
@@ -41,7 +42,17 @@ def together(world: World, what: str, work: Callable[[], tuple[T, Any]]) -> tupl
         raise CheckpointError(f"{what} failed: {failure}.") from failure
     answers: list[Any] = [None] * world.world_size
     said = None if failure is None else f"{type(failure).__name__}: {failure}"
-    dist.all_gather_object(answers, (said, data), group=world.group)
+    try:
+        dist.all_gather_object(answers, (said, data), group=world.group)
+    except RuntimeError as lost:
+        if isinstance(lost, FabricfnError):
+            raise
+        if failure is not None and not isinstance(failure, Exception):
+            raise failure from lost
+        raise CheckpointError(
+            f"{what} failed: the ranks lost each other (this is rank {world.rank}): {_line(lost)} Either another rank"
+            " ended, or not every rank made this call: every rank must, not rank 0 alone (no `if rt.rank == 0:`)."
+        ) from (lost if failure is None else failure)
     failed = {rank: said for rank, (said, _) in enumerate(answers) if said is not None}
     if not failed:
         return mine, [data for _, data in answers]
@@ -56,3 +67,8 @@ def together(world: World, what: str, work: Callable[[], tuple[T, Any]]) -> tupl
 
 def _own(failure: BaseException, num_failed: int, world: World) -> bool:
     return num_failed == world.world_size and isinstance(failure, FabricfnError)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what a backend says, without where in its source."""
+    return str(error).partition("\n")[0].rpartition("] ")[2][:300].rstrip(". ") + "."

@@ -5,8 +5,10 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
-TANGLE = 500
+TANGLE = 32
 """So many boxes that no straight cut parts are compared in pairs; no writer makes more."""
+LOOKS = 8
+"""So often each box may be looked at in each dimension; a writer cuts along fewer dimensions than that."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,20 +52,24 @@ def flaw(boxes: Sequence[Box], shape: Sequence[int]) -> str:
     if not boxes or found < total:
         return f"the pieces of an array leave a gap: they do not have as many elements as the array ({found}, {total})"
     if _overlapping([box for box in boxes if box.size], len(shape)):
-        return "two pieces of an array overlap"
+        return "two pieces of an array overlap, or lie as no writer cuts an array"
     assert found == total, "boxes inside an array that do not meet have no more elements than it"
     return ""
 
 
 def _overlapping(boxes: list[Box], ndim: int) -> bool:
-    """Whether two of the boxes meet: cut them apart, along any dimension, until one is left or none can be cut off."""
-    open_ = [boxes]
+    """Whether two of the boxes meet: cut them apart, along any dimension, until one is left or none can be cut off.
+
+    The work is bounded by the number of boxes; a hostile arrangement that needs more counts as an overlap.
+    """
+    open_, looks = [boxes], LOOKS * ndim * len(boxes)
     while open_:
         group = open_.pop()
         if len(group) < 2:
             continue
         for dim in range(ndim):
-            parts = _cut(group, dim)
+            looks -= len(group)
+            parts = _cut(group, dim) if looks >= 0 else []
             if len(parts) > 1:
                 open_ += parts
                 break

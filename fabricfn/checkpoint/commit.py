@@ -3,7 +3,8 @@
 Everything is written into a hidden folder beside the target and flushed; then it takes the target's place. Where a
 checkpoint stands already, the kernel exchanges the two folders in one step (`renameat2`); where it cannot, the old one
 is renamed aside first, and a reader that finds nothing at the target takes that one (`opening.standing`). A hidden
-folder left by a killed save is removed by the next save to the same target; the folder of a living one is locked.
+folder left by a killed save is removed by the next save to the same target, or a day later by one to another target
+beside it; the folder of a living one is locked.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fabricfn.checkpoint.manifest import DATA, EXPORTED, FILE_NAME, MANIFEST, Manifest, to_bytes
@@ -23,6 +24,9 @@ from fabricfn.errors import CheckpointError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+WORK = re.compile(r"\.tmp-.+-[0-9a-f]{32}", re.DOTALL)
+ABANDONED = 86_400.0
+"""Seconds; far more than a save takes, since not all network file systems have locks that other machines see."""
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -61,6 +65,17 @@ def make_folders(path: Path) -> None:
     sync_folder(str(path.parent))
 
 
+def flush_parents(path: Path) -> None:
+    """Put the names of a folder and of its parents on the disk, up to where the disk is mounted.
+
+    For a folder without content: a save that was killed, or the caller, may just have made it.
+    """
+    while not os.path.ismount(path):
+        path = path.parent
+        with contextlib.suppress(OSError):  # not ours to open
+            sync_folder(str(path))
+
+
 def work_at(target: Path, save_id: str) -> Path:
     """The hidden folder beside the target in which a save writes."""
     return target.parent / f".tmp-{target.name}-{save_id}"
@@ -73,31 +88,60 @@ def work_folder(target: Path, save_id: str) -> tuple[Path, int]:
         the folder and the descriptor.
     """
     make_folders(target.parent)
+    if not os.listdir(target.parent):
+        flush_parents(target.parent)
     sweep(target, "tmp")
     if target.exists():
         sweep(target, "old")
     work = work_at(target, save_id)
-    os.mkdir(work)
-    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever swept there
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.mkdir(work / DATA)
+    with contextlib.ExitStack() as undo:  # a disk without room for the second folder, Ctrl-C
+        undo.callback(remove, work)
+        os.mkdir(work)
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        undo.callback(os.close, lock)
+        with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever swept there
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.mkdir(work / DATA)
+        sweep_others(work)
+        undo.pop_all()
     return work, lock
 
 
 def sweep(target: Path, kind: str) -> None:
     """Remove what killed saves to this target left: their work folders ("tmp") or what they had put aside ("old")."""
     pattern = re.compile(rf"\.{kind}-{re.escape(target.name)}-[0-9a-f]{{32}}")
-    for name in os.listdir(target.parent):
-        if not pattern.fullmatch(name):
-            continue
-        with contextlib.suppress(OSError):  # it is locked, just gone, or not ours to remove
-            fd = os.open(target.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(target.parent / name)
-            finally:
-                os.close(fd)
+    remove_unlocked(target.parent, list(filter(pattern.fullmatch, os.listdir(target.parent))))
+
+
+def sweep_others(work: Path) -> None:
+    """Remove the work folders of saves to other targets that were killed a day before `work` was made, or earlier.
+
+    A run that is resumed need not save the very step again at which it was killed.
+    """
+    now = os.stat(work).st_mtime
+    found: list[str] = []
+    for name in filter(WORK.fullmatch, os.listdir(work.parent)):
+        with contextlib.suppress(OSError):
+            if now - os.stat(work.parent / name).st_mtime > ABANDONED:
+                found.append(name)
+    remove_unlocked(work.parent, found)
+
+
+def remove_unlocked(parent: Path, names: Sequence[str]) -> None:
+    """Remove those hidden folders of saves that no living process has locked."""
+    if not names:
+        return
+    with contextlib.suppress(OSError):  # where nothing can be flushed, nothing is removed
+        # First the renames of the killed save, or a power failure could find the old checkpoint removed, the new gone.
+        sync_folder(str(parent))
+        for name in names:
+            with contextlib.suppress(OSError):  # it is locked, just gone, or not ours to remove
+                fd = os.open(parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove(parent / name)
+                finally:
+                    os.close(fd)
 
 
 def remove(folder: Path) -> None:

@@ -142,9 +142,14 @@ def _open(place: Path, stack: contextlib.ExitStack) -> Source:
             raise FileNotFoundError(error.errno, _inside(manifest, name, entries)) from None
         expected = header(manifest.save_id, entries)
         end = entries[-1][2].start + entries[-1][2].size if entries else 0
-        if found != size or found != len(expected) + end:
+        if found != size:
             raise CheckpointError(
                 f"{place / name} has {found:,} bytes, the manifest says {size:,}: it is cut off or of another save."
+            )
+        if found != len(expected) + end:
+            raise CheckpointError(
+                f"{place / name} has {found:,} bytes, its pieces in the manifest take {len(expected) + end:,}: one of"
+                " them is damaged or was edited."
             )
         if read_at(fd, len(expected), 0) != expected:
             raise CheckpointError(

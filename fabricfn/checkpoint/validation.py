@@ -34,6 +34,10 @@ from fabricfn.checkpoint.manifest import (
 from fabricfn.errors import CheckpointError
 
 LARGE = 1 << 62
+LAST_YEAR = 253_370_764_800  # the beginning of 9999
+NUMPY = {"bool", "complex64", "complex128", "float16", "float32", "float64"} | {
+    f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)
+}
 
 
 class Invalid(Exception):
@@ -63,12 +67,12 @@ def _invalid(text: str) -> NoReturn:
 def _parsed(data: bytes) -> dict[str, Any]:
     if len(data) > MANIFEST_LIMIT:
         _invalid(f"it has {len(data):,} bytes, more than {MANIFEST_LIMIT:,}")
-    body, trailer = data[:-TRAILER_BYTES], TRAILER.fullmatch(data[-TRAILER_BYTES:])
+    body, trailer = memoryview(data)[:-TRAILER_BYTES], TRAILER.fullmatch(data[-TRAILER_BYTES:])
     if trailer is None:
         _invalid("its last line is not its SHA-256, so its end is missing or damaged")
     if hashlib.sha256(body).hexdigest().encode() != trailer[1]:
         _invalid("its SHA-256 is not the one in its last line, so it is damaged or was edited")
-    text = json.loads(body + b"}")
+    text = json.loads(str(body, "utf-8") + "}", object_pairs_hook=_object)
     if type(text) is not dict or text.get("format") != FORMAT:
         _invalid(f'its "format" is not {FORMAT!r}')
     found = cast("dict[str, Any]", text)
@@ -78,6 +82,13 @@ def _parsed(data: bytes) -> dict[str, Any]:
             f"it has format version {version!r}, this fabricfn reads version {VERSION};"
             " install the version of fabricfn that wrote it, or a newer one"
         )
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        _invalid("an object has one key twice, which readers understand differently")
     return found
 
 
@@ -109,8 +120,8 @@ def _manifest(text: dict[str, Any]) -> Manifest:
     save_id = _text(text["save_id"], "save_id")
     if len(save_id) != 32 or not set(save_id) <= set("0123456789abcdef"):
         _invalid("save_id is not 32 hexadecimal digits")
-    if type(text["created"]) not in (int, float):
-        _invalid("created is not a number")
+    if type(text["created"]) not in (int, float) or not 0 <= text["created"] <= LAST_YEAR:
+        _invalid("created is not a number of seconds between 1970 and 9999")
     files: list[tuple[str, int]] = []
     for item in _list(text["files"], "files"):
         name = _text(item["name"], "a file's name")
@@ -172,6 +183,10 @@ def _leaf(text: dict[str, Any], earlier: Sequence[Leaf], num_files: int) -> Leaf
     dtype, shape = text["dtype"], _integers(text["shape"], 1 << 48, "a shape")
     if dtype not in DTYPES and dtype not in RAW_DTYPES:
         _invalid(f"a leaf has the unknown dtype {dtype!r}")
+    if kind != "tensor" and dtype not in NUMPY:
+        _invalid(f"{kind} is numpy's, which has no {dtype}")
+    if kind == "number" and shape:
+        _invalid("a number has a shape")
     if len(shape) > 64 or math.prod(max(1, length) for length in shape) > LARGE // 16:
         _invalid("a leaf has more than 64 dimensions or too many elements")
     whole = Leaf(kind=kind, dtype=dtype, shape=shape, host=text.get("host", False) is True)
