@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         CheckpointType as CheckpointType,
         Loaded as Loaded,
         Receipt as Receipt,
+        Saving as Saving,
         inspect_checkpoint as inspect_checkpoint,
         latest as latest,
         list_checkpoints as list_checkpoints,
@@ -112,7 +113,8 @@ else:
         "transfers": "to_device",
         # checkpoints
         "checkpoint": (
-            "save load latest list_checkpoints verify_checkpoint inspect_checkpoint Receipt Loaded CheckpointType"
+            "save load latest list_checkpoints verify_checkpoint inspect_checkpoint"
+            " Receipt Saving Loaded CheckpointType"
         ),
         # between ranks
         "collectives": (
