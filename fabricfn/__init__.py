@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         CheckpointType as CheckpointType,
         Loaded as Loaded,
         Receipt as Receipt,
+        Saving as Saving,
         consolidate as consolidate,
         inspect_checkpoint as inspect_checkpoint,
         latest as latest,
@@ -114,8 +115,8 @@ else:
         "transfers": "to_device",
         # checkpoints
         "checkpoint": (
-            "save load load_raw consolidate latest list_checkpoints verify_checkpoint inspect_checkpoint Receipt Loaded"
-            " CheckpointType"
+            "save load load_raw consolidate latest list_checkpoints verify_checkpoint inspect_checkpoint"
+            " Receipt Saving Loaded CheckpointType"
         ),
         # between ranks
         "collectives": (

@@ -21,6 +21,7 @@ FLOORS = (
         "accelerators",
         "environments",
         "failures",
+        "errands",
         "flat",
         "sharding",
     ),  # facts, and plain machinery

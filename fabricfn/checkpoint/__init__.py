@@ -17,11 +17,11 @@ if TYPE_CHECKING:
         verify_checkpoint as verify_checkpoint,
     )
     from fabricfn.checkpoint.loading import Loaded as Loaded, load as load
-    from fabricfn.checkpoint.saving import save as save
+    from fabricfn.checkpoint.saving import Saving as Saving, save as save
 else:
     # Looking at checkpoints imports no torch, so the functions are not imported all at once.
     _FILES = {
-        "saving": ("save",),
+        "saving": ("save", "Saving"),
         "jobs": ("Receipt",),
         "loading": ("load", "Loaded"),
         "custom": ("CheckpointType",),

@@ -13,20 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from fabricfn.checkpoint.agreement import together
+from fabricfn.checkpoint.arrays import chunks
 from fabricfn.checkpoint.custom import CheckpointType
 from fabricfn.checkpoint.differences import digest, raise_mismatch
 from fabricfn.checkpoint.manifest import DATA, Leaf, Manifest, Node, Piece, array_bytes
 from fabricfn.checkpoint.outline import Only
+from fabricfn.checkpoint.progress import Progress, meter, told
 from fabricfn.checkpoint.riding import stated
 from fabricfn.checkpoint.sharing import (
     Chore,
     Draft,
-    Holding,
     agreed_leaves,
     drafted,
+    from_plain,
+    held,
     owners_of,
-    piece_chunks,
     shares,
+    to_plain,
 )
 from fabricfn.checkpoint.stores import Store, store_at
 from fabricfn.checkpoint.writing import Entry, header
@@ -45,8 +48,14 @@ class Receipt:
     """32 hexadecimal digits that no other save has."""
     bytes: int
     """The size of all files together."""
+    rank_bytes: tuple[int, ...]
+    """The size of each rank's data file; 0 for a rank that had nothing to write."""
     seconds: float
     """From the call to the commit, on rank 0."""
+    seconds_stalled: float
+    """For how long `save` held up its caller, on the rank where that took longest."""
+    seconds_writing: float
+    """Writing and flushing a rank's data file, on the rank where that took longest."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +70,10 @@ class Job:
     tree: Node | int
     leaves: tuple[Leaf, ...]
     """Without pieces."""
-    values: tuple[Any, ...]
-    """This rank's values of the leaves."""
-    chores: Sequence[Chore]
-    """What this rank writes."""
+    chores: Sequence[Sequence[Chore]]
+    """What each rank writes."""
+    arrays: Sequence[Any]
+    """This rank's values, one for each of its chores."""
     export: str | None
     """The other layout that shall stand beside it."""
     clear: Callable[[], None]
@@ -78,29 +87,36 @@ def planned(
     only: Only,
     types: Sequence[CheckpointType] = (),
     export: str | None = None,
+    earlier: BaseException | None = None,
 ) -> Job:
-    """What `save` shall do; rank 0 has a place for it. Collective; see `save` for the arguments and errors."""
+    """What `save` shall do; rank 0 has a place for it. Collective; see `save` for the arguments and errors.
+
+    Args:
+        earlier: the error of the save before, of which nobody on this rank has been told.
+    """
     world, what = rt.world, f"ff.save to {os.fspath(path)}"
+    if earlier is not None:
+        together(world, what, lambda: _raise(earlier))
     store = store_at(path)
     undo = contextlib.ExitStack()
     plan = stated(world, what, tree, only, types)
 
-    def prepare() -> tuple[Draft, tuple[str, str, Holding]]:
+    def prepare() -> tuple[Draft, tuple[str, str, Any]]:
         if export not in (None, "hf"):
             raise ConfigurationError(f"export={export!r} is not known. Write export='hf', or leave it out.")
         draft = drafted(plan, world.device.type != "cpu")
         save_id = secrets.token_hex(16)
         if world.rank == 0:
             undo.callback(store.begin(save_id))
-        return draft, (save_id, "" if world.group is None else digest(store.name, draft), draft.holding)
+        return draft, (save_id, "" if world.group is None else digest(store.name, draft), to_plain(draft.holding))
 
     try:
         draft, answers = together(world, what, prepare)
         if len({found for _, found, _ in answers}) > 1:
             raise_mismatch(world, what, store.name, draft)
-        holdings = [holding for _, _, holding in answers]
+        holdings = [from_plain(holding) for _, _, holding in answers]
         leaves = agreed_leaves(draft, holdings)
-        chores = shares(leaves, owners_of(draft, leaves, holdings), world.world_size)[world.rank]
+        chores = shares(leaves, owners_of(draft, leaves, holdings), world.world_size)
     except BaseException:
         undo.close()
         raise
@@ -111,73 +127,114 @@ def planned(
         strategy=rt.strategy.name,
         tree=draft.plan.tree,
         leaves=leaves,
-        values=draft.plan.values,
         chores=chores,
+        arrays=[held(draft.plan.values[chore.leaf], chore.box) for chore in chores[world.rank]],
         export=export,
         clear=undo.close,
     )
 
 
-def carried_out(world: World, job: Job, began: float) -> Receipt:
+def _raise(error: BaseException) -> tuple[None, None]:
+    raise error
+
+
+def carried_out(
+    world: World,
+    job: Job,
+    began: float,
+    *,
+    stalled: float | None = None,
+    failure: BaseException | None = None,
+    progress: Progress = None,
+) -> Receipt:
     """Write, and commit when all ranks have written. Collective over `world.group`.
 
     Args:
         world: the ranks; its group may be another one than the job was agreed on.
         job: of `planned`.
         began: when the save was called, as `time.perf_counter` tells.
+        stalled: for how long the caller was held up; None when it still is.
+        failure: why this rank has nothing to write, which all ranks shall learn.
+        progress: see `save`.
     """
+
+    def write() -> tuple[None, Written]:
+        if failure is not None:
+            raise failure
+        start = time.perf_counter()
+        size, checksums = _write(world, job, progress if world.rank == 0 else None)
+        return None, (size, checksums, time.perf_counter() - start, stalled or 0.0)
+
+    def commit() -> tuple[None, tuple[int, float]]:
+        if world.rank:
+            return None, (0, 0.0)
+        manifest = _manifest(world, job, written)
+        size = job.store.export(job.save_id, manifest) if job.export else 0
+        size += job.store.commit(job.save_id, manifest)
+        return None, (size, time.perf_counter() - began)
+
     try:
-        written = together(world, job.what, lambda: (None, _write(world, job)))[1]
-
-        def commit() -> tuple[None, tuple[int, float]]:
-            if world.rank:
-                return None, (0, 0.0)
-            manifest = _manifest(world, job, written)
-            size = job.store.export(job.save_id, manifest) if job.export else 0
-            size += job.store.commit(job.save_id, manifest)
-            return None, (size + sum(size for _, size in manifest.files), time.perf_counter() - began)
-
+        written = together(world, job.what, write)[1]
         size, seconds = together(world, job.what, commit)[1][0]
-        return Receipt(path=job.store.path, save_id=job.save_id, bytes=size, seconds=seconds)
     finally:
         job.clear()
+    rank_bytes = tuple(size for size, _, _, _ in written)
+    return Receipt(
+        path=job.store.path,
+        save_id=job.save_id,
+        bytes=size + sum(rank_bytes),
+        rank_bytes=rank_bytes,
+        seconds=seconds,
+        seconds_stalled=seconds if stalled is None else max(stalled for _, _, _, stalled in written),
+        seconds_writing=max(writing for _, _, writing, _ in written),
+    )
 
 
-Written = tuple[str, int, list[tuple[int, int, Piece]]] | None
-"""A data file's name and size, and (leaf, number, piece) for each piece; None for a rank that writes nothing."""
+Written = tuple[int, Sequence[Sequence[int]], float, float]
+"""The size of a rank's data file, the checksums of its pieces, how long it took, how long the caller was held up."""
 
 
-def _write(world: World, job: Job) -> Written:
-    """Write this rank's share into a file of its own, on the disk when this returns."""
-    chores, leaves = job.chores, job.leaves
-    if not chores:
-        return None
+def _file(rank: int) -> str:
+    return f"{DATA}/r{rank:05d}-000.safetensors"
+
+
+def _pieces(job: Job, rank: int) -> list[Piece]:
+    """What lies in the data file of a rank, one piece for each of its chores."""
     start = 0
-    entries: list[Entry] = []
-    for chore in chores:
-        leaf, box = leaves[chore.leaf], chore.box
-        size = array_bytes(leaf.dtype, box.shape)
+    found: list[Piece] = []
+    for chore in job.chores[rank]:
+        size = array_bytes(job.leaves[chore.leaf].dtype, chore.box.shape)
         # the number of the file is known once all ranks have said whether they write one
-        piece = Piece(file=-1, offset=box.offset, shape=box.shape, start=start, size=size)
-        entries.append((f"{chore.leaf}.{chore.number}", leaf, piece))
+        found.append(Piece(file=-1, offset=chore.box.offset, shape=chore.box.shape, start=start, size=size))
         start += size
-    name = f"{DATA}/r{world.rank:05d}-000.safetensors"
-    parts = (piece_chunks(job.values[chore.leaf], chore.box) for chore in chores)
-    size, checksums = job.store.write(job.save_id, name, header(job.save_id, entries), parts)
-    pieces = (dataclasses.replace(piece, crc32=crcs) for (_, _, piece), crcs in zip(entries, checksums, strict=True))
-    return name, size, [(chore.leaf, chore.number, piece) for chore, piece in zip(chores, pieces, strict=True)]
+    return found
+
+
+def _write(world: World, job: Job, progress: Progress) -> tuple[int, list[tuple[int, ...]]]:
+    """Write this rank's share into a file of its own, on the disk when this returns: its size and checksums."""
+    chores, pieces = job.chores[world.rank], _pieces(job, world.rank)
+    if not chores:
+        return 0, []
+    entries: list[Entry] = [
+        (f"{chore.leaf}.{chore.number}", job.leaves[chore.leaf], piece)
+        for chore, piece in zip(chores, pieces, strict=True)
+    ]
+    parts = (iter(()) if array is None else chunks(array) for array in job.arrays)
+    if progress:
+        tell = meter(progress, job.what, sum(piece.size for piece in pieces))
+        parts = (told(part, tell) for part in parts)
+    return job.store.write(job.save_id, _file(world.rank), header(job.save_id, entries), parts)
 
 
 def _manifest(world: World, job: Job, written: Sequence[Written]) -> Manifest:
     files: list[tuple[str, int]] = []
     pieces: list[dict[int, Piece]] = [{} for _ in job.leaves]
-    for part in written:
-        if part is None:
+    for rank, (size, checksums, _, _) in enumerate(written):
+        if not job.chores[rank]:
             continue
-        name, size, found = part
-        for leaf, number, piece in found:
-            pieces[leaf][number] = dataclasses.replace(piece, file=len(files))
-        files.append((name, size))
+        for chore, piece, crcs in zip(job.chores[rank], _pieces(job, rank), checksums, strict=True):
+            pieces[chore.leaf][chore.number] = dataclasses.replace(piece, file=len(files), crc32=tuple(crcs))
+        files.append((_file(rank), size))
     return Manifest(
         save_id=job.save_id,
         created=time.time(),

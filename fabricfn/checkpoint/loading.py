@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +26,7 @@ from fabricfn.checkpoint.outline import (
     selector,
 )
 from fabricfn.checkpoint.plans import Fit, Want, built
+from fabricfn.checkpoint.progress import Progress, Tell, meter
 from fabricfn.checkpoint.reading import needed_bytes, read_leaf
 from fabricfn.checkpoint.renaming import Rename, renamed
 from fabricfn.checkpoint.riding import put_back
@@ -60,6 +62,7 @@ def load(
     strict: bool = True,
     remainder: bool = False,
     donate: bool = False,
+    progress: Progress = None,
 ) -> Any:
     """Read a checkpoint, whatever strategy and world size wrote it.
 
@@ -86,6 +89,8 @@ def load(
         remainder: return `Loaded`, whose `rest` has what the template does not name, in records too.
         donate: overwrite the tensors of `like`, which is given away: no second copy in memory. When the load fails,
             their values are lost.
+        progress: called with (bytes done, bytes in all) of what rank 0 reads on rank 0, every 0.1 s at most and at the
+            end, an array at a time; what it raises fails the load. True prints a line to stderr every 3 s.
 
     Returns:
         The tree; a `Loaded` when `remainder` or not `strict`. Tensors own their memory.
@@ -118,7 +123,8 @@ def load(
 
         (source, found), answers = together(rt.world, what, plan)
         _check_alike(rt, what, answers)
-        tree, states = together(rt.world, what, lambda: (_read(rt, source, found, where, wrap), None))[0]
+        tells = functools.partial(meter, progress if rt.rank == 0 else None, what)
+        tree, states = together(rt.world, what, lambda: (_read(rt, source, found, where, wrap, tells), None))[0]
     if states:
         together(rt.world, what, lambda: (put_back(states), None))
     return tree
@@ -164,11 +170,13 @@ States = list[tuple[Path, Any, Any]]
 """(path, object, its state)."""
 
 
-def _read(rt: Runtime, source: Source, found: Fit, where: Place | None, wrap: bool) -> tuple[Any, States]:
+def _read(
+    rt: Runtime, source: Source, found: Fit, where: Place | None, wrap: bool, tells: Callable[[int], Tell]
+) -> tuple[Any, States]:
     if where is not None:
         for adapter, record in found.claims:
             adapter.claim(record, where)
-    values = _values(rt, source, found.wants, where is not None)
+    values = _values(rt, source, found.wants, where is not None, tells)
     tree = built(found.build, values)
     states = [(path, one, built(build, values)) for path, one, build in found.states]
     if not wrap:
@@ -182,7 +190,9 @@ def _read(rt: Runtime, source: Source, found: Fit, where: Place | None, wrap: bo
     return Loaded(tree=tree, rest=rest, missing=found.missing), states
 
 
-def _values(rt: Runtime, source: Source, wants: Sequence[Want], donate: bool) -> list[Any]:
+def _values(
+    rt: Runtime, source: Source, wants: Sequence[Want], donate: bool, tells: Callable[[int], Tell]
+) -> list[Any]:
     """The values of leaves; what is one array in the checkpoint and in the template is one array again.
 
     Arrays are read by a few threads, one array each at a time: reading and checking use no lock of Python's.
@@ -191,12 +201,17 @@ def _values(rt: Runtime, source: Source, wants: Sequence[Want], donate: bool) ->
     keys = [_key(leaves, want) for want in wants]
     first = {key: want for key, want in zip(reversed(keys), reversed(wants), strict=True) if key is not None}
 
+    sizes = {key: needed_bytes(_whole(leaves, want), want.like) for key, want in first.items()}
+    tell = tells(sum(sizes.values()))
+
     def read(item: tuple[Hashable, Want]) -> tuple[Hashable, Any]:
         key, want = item
         leaf, what = _whole(leaves, want), path_text(want.path)
-        return key, read_leaf(source, leaf, want.like, what, device=rt.device, donate=donate)
+        value = read_leaf(source, leaf, want.like, what, device=rt.device, donate=donate)
+        tell(sizes[key])
+        return key, value
 
-    if sum(needed_bytes(_whole(leaves, want), want.like) for want in first.values()) < FEW_BYTES:
+    if sum(sizes.values()) < FEW_BYTES:
         found = dict(map(read, first.items()))
     else:
         with ThreadPoolExecutor(READERS) as pool:

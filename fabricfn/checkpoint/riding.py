@@ -53,10 +53,16 @@ def stated(world: World, what: str, tree: Any, only: Only, given: Sequence[Check
         )
     if not found:
         return plan
-    differ = [path for path, digests in zip(found, zip(*answers, strict=True), strict=True) if len(set(digests)) > 1]
+    differ = [
+        path
+        for path, digests in zip(found, zip(*answers, strict=True), strict=True)
+        if len({text for _, text in digests}) > 1
+    ]
     everyone: list[list[Any]] = []
     if differ:
-        everyone = together(world, what, lambda: (None, [_hosted(states[id(found[path])]) for path in differ]))[1]
+        everyone = together(
+            world, what, lambda: (None, [_hosted(states[id(found[path])]) for path in differ]), objects=True
+        )[1]
     stored: dict[int, ObjectState] = {}
     for path, one in found.items():
         by_rank = [theirs[differ.index(path)] for theirs in everyone] if path in differ else [states[id(one)]]

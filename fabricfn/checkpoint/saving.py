@@ -1,16 +1,49 @@
-"""`save`: the ranks agree on a tree, and what they agreed on is carried out."""
+"""`save`: the ranks agree on a tree, and what they agreed on is carried out, at once or beside the training."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, overload
 
+from fabricfn import errands
 from fabricfn.checkpoint.custom import CheckpointType
-from fabricfn.checkpoint.jobs import Receipt, carried_out, planned
+from fabricfn.checkpoint.jobs import Job, Receipt, carried_out, planned
 from fabricfn.checkpoint.outline import Only
+from fabricfn.checkpoint.progress import Progress
+from fabricfn.checkpoint.snapshots import snapshot
+from fabricfn.collectives.groups import beside
 from fabricfn.runtimes import Runtime
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A save that goes on beside the training: what `save(..., blocking=False)` returns.
+
+    It belongs to the process that began it, and may be dropped: the save goes on, and its error is raised elsewhere.
+    """
+
+    path: Path
+    """The folder that will be the checkpoint."""
+    errand: errands.Errand = dataclasses.field(repr=False)
+
+    def wait(self) -> Receipt:
+        """Wait until the checkpoint stands, and return the receipt; every later call returns it again.
+
+        No collective: any rank may call it, on any thread. Ctrl-C ends the waiting, not the save.
+
+        Raises:
+            CheckpointError: the save failed, on every rank; what stood at the path before is intact.
+        """
+        return errands.outcome(self.errand)
+
+    def done(self) -> bool:
+        """Whether the save has ended, in whatever way; never waits."""
+        return self.errand.ended.is_set()
+
+
+@overload
 def save(
     rt: Runtime,
     path: str | os.PathLike[str],
@@ -19,11 +52,49 @@ def save(
     only: Only = None,
     export: str | None = None,
     types: Sequence[CheckpointType] = (),
-) -> Receipt:
+    blocking: Literal[True] = True,
+    progress: Progress = None,
+) -> Receipt: ...
+@overload
+def save(
+    rt: Runtime,
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    only: Only = None,
+    export: str | None = None,
+    types: Sequence[CheckpointType] = (),
+    blocking: Literal[False],
+    progress: Progress = None,
+) -> Saving: ...
+@overload
+def save(
+    rt: Runtime,
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    only: Only = None,
+    export: str | None = None,
+    types: Sequence[CheckpointType] = (),
+    blocking: bool,
+    progress: Progress = None,
+) -> Receipt | Saving: ...
+def save(
+    rt: Runtime,
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    only: Only = None,
+    export: str | None = None,
+    types: Sequence[CheckpointType] = (),
+    blocking: bool = True,
+    progress: Progress = None,
+) -> Receipt | Saving:
     """Write a tree as a checkpoint, so that a crash at any instant leaves the old one or the new one.
 
     Laws: `load(rt, path, like=tree)` is `tree` bit for bit, at every world size. When any rank fails, nobody commits,
-    and what stood at `path` is intact.
+    and what stood at `path` is intact. With `blocking=False` the checkpoint holds the values of the instant of the
+    call, bit for bit, whatever is done to the tensors afterwards; until its end `load` and `latest` find the old one.
 
     Args:
         rt: the runtime. Collective: every rank calls it.
@@ -41,14 +112,23 @@ def save(
             safetensors and transformers. Rank 0 does it, a block at a time, before the checkpoint appears; `load` and
             `verify_checkpoint` do not look at these files.
         types: `CheckpointType` of classes of your own in the tree.
+        blocking: False returns once this rank's share is copied into host memory; a thread writes it, with a process
+            group of its own. One save is in flight in a world: the next one, blocking or not, first waits for it. The
+            copy's memory is kept for the next save of this kind, until a blocking save or `shutdown`. The process is
+            not left before the save has ended. An error that no `wait` raised is raised by the next save or by
+            `shutdown` (the end of `with ff.runtime`); else it is printed at exit, and the status is 1.
+        progress: called with (bytes done, bytes in all) of rank 0's share on rank 0, every 0.1 s at most and at the
+            end, on the writing thread when not blocking; what it raises fails the save. True prints a line to stderr
+            every 3 s.
 
     Returns:
-        A `Receipt`, the same on every rank.
+        A `Receipt`, the same on every rank. A `Saving` when not blocking: its `wait()` returns the receipt.
 
     Raises:
         ConfigurationError: an unknown `export`.
         CheckpointError: a value cannot be stored (all of them are named), a DTensor is not whole on these ranks, or a
-            rank failed (named on every rank).
+            rank failed (named on every rank); when not blocking, a failure to write is raised by `wait`. Or the save
+            before failed and nobody was told; then this one was not begun.
         MismatchError: the ranks' trees, plain values or shardings differ; the message names the entries.
         DonatedError: a record in the tree was given away.
 
@@ -60,4 +140,35 @@ def save(
         {'w': tensor([0, 1, 2]), 'epoch': 2}
     """
     began = time.perf_counter()
-    return carried_out(rt.world, planned(rt, path, tree, only, types, export), began)
+    error, buffer = errands.settled(rt.world)
+    if error is not None:
+        error.add_note(f"(of an earlier save, which nobody waited for; the save to {os.fspath(path)} was not begun)")
+    job = planned(rt, path, tree, only, types, export, error)
+    if blocking:
+        return carried_out(rt.world, job, began, progress=progress)
+    return _beside(rt, job, began, progress, buffer)
+
+
+def _beside(rt: Runtime, job: Job, began: float, progress: Progress, buffer: Any) -> Saving:
+    try:
+        world = beside(rt.world)
+    except BaseException:
+        job.clear()
+        raise
+    failure: BaseException | None = None
+    copies: list[Any] = []
+    try:
+        copies, buffer = snapshot(job.arrays, buffer)
+    except BaseException as error:  # the other ranks' threads wait for this one's, which tells them
+        failure = error
+    job = dataclasses.replace(job, arrays=copies)
+    stalled = time.perf_counter() - began
+    errand = errands.begin(
+        rt.world,
+        job.what,
+        lambda: carried_out(world, job, began, stalled=stalled, failure=failure, progress=progress),
+        buffer,
+    )
+    if failure is not None and not isinstance(failure, Exception):
+        raise failure
+    return Saving(path=job.store.path, errand=errand)

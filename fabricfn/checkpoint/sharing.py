@@ -4,10 +4,9 @@ Every rank works it out for all ranks, from what each of them said about its par
 """
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from fabricfn.checkpoint.arrays import chunks
 from fabricfn.checkpoint.boxes import Box, flaw, whole
 from fabricfn.checkpoint.manifest import ARRAYS, Leaf, array_bytes, path_text, stored_as
 from fabricfn.checkpoint.outline import Outline, leaves_of, listing
@@ -167,9 +166,22 @@ def shares(leaves: Sequence[Leaf], owners: Sequence[Owners], world_size: int) ->
     return found
 
 
-def piece_chunks(value: Any, box: Box) -> Iterator[memoryview]:
-    """The bytes of a piece that this rank holds; see `chunks`."""
+def held(value: Any, box: Box) -> Any:
+    """The piece of a value that this rank holds, a view of its memory; None when it has no elements."""
     if not is_sharded(value):
-        return chunks(value)
+        return value
     found = [part.at for part in parts_of(value) if part.box == box]
-    return chunks(narrowed(local_tensor(value), found[0])) if found else iter(())
+    return narrowed(local_tensor(value), found[0]) if found else None
+
+
+def to_plain(holding: Holding) -> list[Any]:
+    """As JSON has it."""
+    boxes = [[[list(box.offset), list(box.shape)] for box in of] for of in holding.boxes]
+    return [boxes, list(holding.aliases.items())]
+
+
+def from_plain(plain: Any) -> Holding:
+    """Undoes `to_plain`."""
+    boxes, aliases = plain
+    found = tuple(tuple(Box(tuple(offset), tuple(shape)) for offset, shape in of) for of in boxes)
+    return Holding(boxes=found, aliases=dict(aliases))

@@ -75,6 +75,20 @@ def members_of(world: World, axis: Axis) -> Members:
     return Members(ranks=ranks, place=ranks.index(world.rank), group=group)
 
 
+BESIDE = "fabricfn_beside"
+"""Begins the names of groups for threads that work beside the training."""
+
+
+def beside(world: World) -> World:
+    """The same ranks with a process group of their own on the CPU, for a thread that works beside the training.
+
+    Collective when it is first called; later calls find the group by its name.
+    """
+    if world.group is None:
+        return world
+    return dataclasses.replace(world, group=_subgroup(world, tuple(range(world.world_size)), BESIDE))
+
+
 def device_for_words(world: World, group: dist.ProcessGroup) -> torch.device:
     """Where the small integers of the check travel: the CPU, where the group serves it, since nothing waits there."""
     kinds = [device.type for device in group._device_types]
@@ -89,18 +103,20 @@ def device_for(origin: torch.device, world: World, group: dist.ProcessGroup | No
     return origin if not kinds or origin.type in kinds else world.device
 
 
-def _subgroup(world: World, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+def _subgroup(world: World, ranks: tuple[int, ...], prefix: str = "fabricfn") -> dist.ProcessGroup:
     assert world.group is not None
     table: Any = distributed_c10d._world
     everyone = dist.get_process_group_ranks(world.group)
     global_ranks = [everyone[rank] for rank in ranks]
-    name = f"fabricfn_{'_'.join(map(str, global_ranks))}"
+    name = f"{prefix}_{'_'.join(map(str, global_ranks))}"
     for group, known in table.pg_names.items():
         if known == name:
             return group
     backend, store = table.pg_map[world.group]
     make = cast(Any, distributed_c10d._new_process_group_helper)  # pyright: ignore[reportUnknownMemberType]
     timeout = _timeout(world.group, world.device) or distributed_c10d._get_default_timeout(backend)
+    if prefix == BESIDE and world.device.type != "cpu":
+        backend = "gloo"
     place = ranks.index(world.rank)
     group, _ = make(len(ranks), place, global_ranks, backend, store, name, timeout=timeout, group_desc="fabricfn")
     table.pg_group_ranks[group] = {rank: place for place, rank in enumerate(global_ranks)}

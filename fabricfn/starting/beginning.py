@@ -11,7 +11,7 @@ from fabricfn.environments import Topology, find
 from fabricfn.errors import ConfigurationError
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
-from fabricfn.starting.joining import join, place, shutdown
+from fabricfn.starting.joining import join, place, until_shutdown
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
 from fabricfn.starting.scripts import attend_script, run_again, why_no_script
 from fabricfn.strategy import Strategy
@@ -153,8 +153,5 @@ def runtime(**options: Any) -> Generator[Runtime]:
         device(type='cpu')
     """
     request_from(options)
-    rt = init_runtime(**options)
-    try:
+    with until_shutdown(init_runtime(**options)) as rt:
         yield rt
-    finally:
-        shutdown(rt)

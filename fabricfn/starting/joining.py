@@ -1,9 +1,11 @@
 """From a request and a topology to a `Runtime`: conflicts, the device, the process group; and the way back."""
 
 import atexit
+import contextlib
 import os
 import socket
 import time
+from collections.abc import Generator
 from datetime import timedelta
 
 import torch
@@ -13,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnk
 
 from fabricfn.accelerators import Choice, available, describe, device_of
 from fabricfn.environments import Topology
+from fabricfn.errands import finish
 from fabricfn.errors import ConfigurationError
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
@@ -154,7 +157,7 @@ def _loopback() -> str:
 
 
 def shutdown(rt: Runtime) -> None:
-    """End what `init_runtime` began: destroy the process group if this runtime made it.
+    """End what `init_runtime` began: wait for a save in flight, destroy the process group if this runtime made it.
 
     Idempotent, and no collective: it may be called on one rank, after an error, twice. A runtime that joined an
     existing group leaves it alone. At exit it is called by itself.
@@ -162,15 +165,35 @@ def shutdown(rt: Runtime) -> None:
     Args:
         rt: the runtime; afterwards no collective may be called on it, or on another runtime that shares its group.
 
+    Raises:
+        CheckpointError: a save with `blocking=False` failed, and nobody has been told; all else is done before.
+
     Example:
         >>> import fabricfn as ff
         >>> rt = ff.init_runtime(accelerator="cpu")
         >>> ff.shutdown(rt)
     """
-    if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.group:
-        dist.destroy_process_group()
-        # The group itself lives on, since records hold it: its threads are not joined.
-        time.sleep(LETTING_GO)
+    try:
+        finish(rt.world)
+    finally:
+        if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.group:
+            dist.destroy_process_group()
+            # The group itself lives on, since records hold it: its threads are not joined.
+            time.sleep(LETTING_GO)
+
+
+@contextlib.contextmanager
+def until_shutdown(rt: Runtime) -> Generator[Runtime]:
+    """`shutdown` at the end of a block. What the block raises is not replaced by what `shutdown` raises."""
+    try:
+        yield rt
+    except BaseException as error:
+        try:
+            shutdown(rt)
+        except Exception as late:
+            error.add_note(f"Besides, {type(late).__name__}: {late}")
+        raise
+    shutdown(rt)
 
 
 def _shutdown_at_exit(rt: Runtime, pid: int) -> None:

@@ -16,11 +16,12 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from fabricfn.accelerators import Choice
 from fabricfn.environments import find
+from fabricfn.errands import finish_all
 from fabricfn.errors import ConfigurationError, LaunchError
 from fabricfn.failures import ending, exception_of, record
 from fabricfn.starting.agent import Outcome, attend, check_ready, leave_word, run_workers, threads_each
 from fabricfn.starting.cargo import Call, pack, read_result, unpack, write_result
-from fabricfn.starting.joining import join, place, shutdown
+from fabricfn.starting.joining import join, place, shutdown, until_shutdown
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
 
 
@@ -63,11 +64,8 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
     topology = place(find(os.environ, request.environment))
     count = len(choice.indices)
     if topology.name != "single" or count * request.num_nodes == 1:
-        rt = join(request, topology, choice)
-        try:
+        with until_shutdown(join(request, topology, choice)) as rt:
             return [fn(rt, *args)]
-        finally:
-            shutdown(rt)
     check_own_start(request, choice)
     method = start_method(request, choice)
     call: Call = (fn, args, request)
@@ -159,6 +157,7 @@ def _work(cargo: Call | bytes, threads: int | None) -> None:
         shutdown(rt)
     except BaseException as error:
         leave_word(topology, record(error, topology.rank))
+        finish_all()  # a save goes on to its end, after an error too
         _leave(error)
 
 

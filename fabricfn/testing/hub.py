@@ -42,7 +42,15 @@ class Hub:
         self.batons = [threading.Lock() for _ in range(world_size)]
         for baton in self.batons:
             baton.acquire()
+        self.other: Hub | None = None
         self.reset()
+
+    def beside(self) -> "Hub":
+        """Where the threads meet that work beside the ranks; they have ended before a run is over."""
+        with self.lock:
+            if self.other is None:
+                self.other = Hub(self.world_size)
+            return self.other
 
     def reset(self) -> None:
         """Forget everything of the last run. No rank may be inside a call."""

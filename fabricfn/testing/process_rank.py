@@ -24,6 +24,7 @@ import torch
 import torch._dynamo  # pyright: ignore[reportUnusedImport]  # DDP needs it, and a rank would take 1 s for it
 import torch.distributed as dist
 
+from fabricfn.starting.joining import until_shutdown
 from fabricfn.testing.carrying import FORK, READY, WHERE, pack
 from fabricfn.testing.ranks import runtime_of, stack_text
 
@@ -111,7 +112,9 @@ class Member:
         seed_all(options.seed)
         fn, args = pickle.loads(payload)
         group = dist.group.WORLD if options.world_size > 1 else None
-        return pack(("ok", time.monotonic(), fn(runtime_of(options, self.rank, group), *args)))
+        with until_shutdown(runtime_of(options, self.rank, group)) as rt:
+            result = fn(rt, *args)
+        return pack(("ok", time.monotonic(), result))
 
 
 def join(place: str, rank: int, world_size: int, timeout: float) -> None:

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 
+from fabricfn.collectives.groups import BESIDE
 from fabricfn.errors import LaunchError
 from fabricfn.precision import Precision
+from fabricfn.starting.joining import until_shutdown
 from fabricfn.strategy import Strategy
 from fabricfn.testing.hub import Hub, Released
 from fabricfn.testing.ranks import TIMEOUT, Options, Ranks, named, options_of, runtime_of, stack_text
@@ -107,7 +109,9 @@ def create_group(options: Any, _: Any) -> ThreadGroup:
     """What `torch.distributed.new_group` calls on a rank thread."""
     table: Table = _tables.table
     members = list(options.global_ranks_in_group)
-    return ThreadGroup(table.hub, options.group_id, members.index(table.rank), members)
+    # a rank waits at one place of a hub, so a thread beside it needs another one
+    hub = table.hub.beside() if options.group_id.startswith(BESIDE) else table.hub
+    return ThreadGroup(hub, options.group_id, members.index(table.rank), members)
 
 
 def join_table(hub: Hub, rank: int, store: Any) -> ThreadGroup:
@@ -146,8 +150,8 @@ class Job:
         """The part of one rank, on its thread."""
         failed = False
         try:
-            with torch.enable_grad():
-                self.results[rank] = self.fn(runtime_of(self.options, rank, group), *self.args)
+            with torch.enable_grad(), until_shutdown(runtime_of(self.options, rank, group)) as rt:
+                self.results[rank] = self.fn(rt, *self.args)
         except Released:
             failed = True
         except BaseException as error:  # SystemExit and KeyboardInterrupt of a rank are the caller's business too
