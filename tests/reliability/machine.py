@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -300,12 +300,16 @@ def quiet():
         yield
 
 
-def run_machine(examples=15, steps=12, *, derandomize=False):
-    """Run so many histories of so many steps. Full count (R16): 200 x 30.
+def run_machine(examples=15, steps=12, *, shrink=False):
+    """Run so many random histories of up to so many steps. Full count (R16): 200 x 30.
+
+    Args:
+        shrink: look for the shortest history of a violation, which takes minutes.
 
     Raises:
-        AssertionError: a violation; the note of hypothesis is the shortest history that it found.
+        AssertionError: a violation; hypothesis prints its history.
     """
+    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
     with threads(3) as ranks:
         run_state_machine_as_test(
             type("Histories", (Machine,), {"ranks": ranks}),
@@ -313,7 +317,7 @@ def run_machine(examples=15, steps=12, *, derandomize=False):
                 max_examples=examples,
                 stateful_step_count=steps,
                 deadline=None,
-                derandomize=derandomize,
+                phases=phases,
                 database=None,
                 suppress_health_check=list(HealthCheck),
             ),
