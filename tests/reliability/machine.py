@@ -20,7 +20,14 @@ from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, Phase, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -143,12 +150,18 @@ class Machine(RuleBasedStateMachine):
     """The rules. `ranks` is a world of three threads; see `machine`."""
 
     ranks = None
+    known = {}  # noqa: RUF012 (preconditions ask before the first checkpoints are there)
 
-    @initialize()
-    def begin(self):
+    @initialize(places=st.permutations(range(6)), count=st.integers(2, 5))
+    def begin(self, places, count):
+        """Some checkpoints, written in any order: histories that begin with nothing seldom come far."""
         self.folder = Path(tempfile.mkdtemp(prefix="machine-")).resolve()
         self.known = {}
         self.count = 0
+        for place in places[:count]:
+            number = self.next()
+            save_as(RT, self.path(place), number, "plain")
+            self.known[place] = Known(number, number)
 
     def teardown(self):
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -188,13 +201,13 @@ class Machine(RuleBasedStateMachine):
         else:
             assert found is None
 
+    @precondition(lambda self: any(not known.damage for known in self.known.values()))
     @rule(data=st.data(), world=WORLDS)
     def load(self, data, world):
         good = sorted(place for place, known in self.known.items() if not known.damage)
-        if good:
-            place, (size, layout) = data.draw(st.sampled_from(good)), world
-            with quiet():
-                self.ranks.run(load_as, self.path(place), self.known[place].number, layout, world_size=size)
+        place, (size, layout) = data.draw(st.sampled_from(good)), world
+        with quiet():
+            self.ranks.run(load_as, self.path(place), self.known[place].number, layout, world_size=size)
 
     @rule(
         last=st.integers(1, 3),
@@ -220,6 +233,7 @@ class Machine(RuleBasedStateMachine):
             assert not self.path(place).exists()
             del self.known[place]
 
+    @precondition(lambda self: self.known)
     @rule(damage=st.sampled_from(["flip", "cut", "manifest", "no manifest", "no data"]))
     def damage_the_newest(self, damage):
         place = max(self.whole(), default=None)
@@ -254,13 +268,13 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def acknowledged_saves_are_there_and_damage_is_never_silent(self):
-        for place, known in getattr(self, "known", {}).items():
+        for place, known in self.known.items():
             expected = None if known.damage else known.number
             assert self.found(self.path(place)) == expected, f"{self.path(place)}: {known}"
 
     @invariant()
     def latest_is_the_newest_whole_one_or_says_that_it_fell_back(self):
-        if not hasattr(self, "known"):
+        if not self.known:
             return
         assert ff.list_checkpoints(self.folder) == [self.path(place) for place in self.whole()]
         newest = max(self.whole(), default=-1)
