@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         list_checkpoints as list_checkpoints,
         load as load,
         load_raw as load_raw,
+        prune_checkpoints as prune_checkpoints,
+        retained as retained,
         save as save,
         verify_checkpoint as verify_checkpoint,
     )
@@ -115,8 +117,8 @@ else:
         "transfers": "to_device",
         # checkpoints
         "checkpoint": (
-            "save load load_raw consolidate latest list_checkpoints verify_checkpoint inspect_checkpoint"
-            " Receipt Saving Loaded CheckpointType"
+            "save load load_raw consolidate latest list_checkpoints verify_checkpoint inspect_checkpoint retained"
+            " prune_checkpoints Receipt Saving Loaded CheckpointType"
         ),
         # between ranks
         "collectives": (

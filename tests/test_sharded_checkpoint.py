@@ -1,10 +1,12 @@
 """Checkpoints of DTensors: any layout loads what any other wrote, bit for bit, and no rank holds more than its part."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
+import resource
 import shutil
 from pathlib import Path
 
@@ -361,35 +363,139 @@ def test_every_strategy_loads_the_model_that_any_other_saved(tmp_path, ranks):
         assert len({value for values in found for value in values}) == 1
 
 
-def stepped(rt):
-    model = ff.setup_model(rt, linear())
+# ---------------------------------------------------------------- the whole training state, every pair
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a world holds a training state: a strategy's own records, or those of one rank put into a layout."""
+
+    world_size: int
+    strategy: str
+    mesh: tuple = ()
+    placements: tuple = ()
+    """Of matrices; vectors are sharded by the first dimension where these shard at all."""
+
+    def put(self, rt, leaf):
+        if not isinstance(leaf, torch.Tensor) or not self.mesh or not leaf.ndim:
+            return leaf
+        vector = [placement if placement.is_replicate() else Shard(0) for placement in self.placements]
+        return Layout(self.world_size, self.mesh, self.placements if leaf.ndim > 1 else vector).put(rt, leaf)
+
+
+WAYS = {
+    "single": Way(1, "single"),
+    "ddp 1": Way(1, "ddp"),
+    "ddp 2": Way(2, "ddp"),
+    "ddp 4": Way(4, "ddp"),
+    "functional 2": Way(2, "functional"),
+    "functional 4": Way(4, "functional"),
+    "fsdp 1": Way(1, "fsdp"),
+    "fsdp 2": Way(2, "fsdp"),
+    "fsdp 4": Way(4, "fsdp"),
+    "hsdp 2x2": Way(4, "functional", (2, 2), (Replicate(), Shard(0))),
+    "hsdp 2x1": Way(2, "functional", (2, 1), (Replicate(), Shard(0))),
+    "tensor parallel, columns": Way(2, "functional", (2,), (Shard(1),)),
+    "tensor parallel, rows": Way(4, "functional", (4,), (Shard(0),)),
+    "fsdp over tensor parallel": Way(4, "functional", (2, 2), (Shard(0), Shard(1))),
+    "fsdp over rows": Way(4, "functional", (2, 2), (Shard(0), Shard(0))),
+}
+
+
+def block():
+    """Sizes that are uneven on 4 ranks, buffers of two dtypes, and units of their own."""
+    module = nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 5))
+    with torch.no_grad():
+        for param in module.parameters():
+            param.copy_(torch.linspace(-1, 1, param.numel()).reshape(param.shape))
+    return module
+
+
+def fresh(rt, way):
+    """A state before its first step, as a program that begins anew has it. Its optimizer has no moments yet."""
+    model = ff.setup_model(rt, block())
     opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1)
-    _, grads = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())(model, torch.ones(4, 3))
-    return {"model": model, "opt": opt}, dict(
-        zip(("model", "opt"), ff.optimizer_step(rt, model, opt, grads), strict=True)
-    )
+    return placed(rt, way, {"model": model, "opt": opt, "cursor": ff.Cursor(), "key": ff.key(0), "epoch": 0})
 
 
-def test_every_strategy_loads_the_optimizer_that_any_other_saved(tmp_path, ranks):
-    def saved(rt, path):
-        ff.save(rt, path, stepped(rt)[1])
+def placed(rt, way, state):
+    """The state in the layout of a way; of a strategy's own, as it is."""
+    put = lambda leaf: way.put(rt, leaf)  # noqa: E731
+    model, opt = state["model"], state["opt"]
+    model = dataclasses.replace(model, params={name: put(leaf) for name, leaf in model.params.items()})
+    return {**state, "model": model, "opt": ff.tree_map(put, opt)}
 
-    def loaded(rt, path):
-        whole = ff.load(rt, path)["opt"]
-        found = ff.load(rt, path, stepped(rt)[0])["opt"]
-        assert found.step == whole["step"] == 1
-        for name, slots in found.state.items():
-            assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}
-            for slot, value in slots.items():
-                expected = whole["state"][name][slot]
-                if isinstance(value, DTensor):
-                    expected = distribute_tensor(expected, value.device_mesh, value.placements, src_data_rank=None)
-                assert bits(local(value)) == bits(local(expected))
 
-    for saver, writers in STRATEGIES:
-        ranks.run(saved, tmp_path / "c", world_size=writers, strategy=named(saver))
-        for name, world_size in STRATEGIES:
-            ranks.run(loaded, tmp_path / "c", world_size=world_size, strategy=named(name))
+def trained_state(rt, way, steps=2):
+    """Two steps of AdamW, the same on every rank; then the layout."""
+    state = fresh(rt, Way(way.world_size, way.strategy))
+    model, opt = state["model"], state["opt"]
+    x = torch.linspace(-1, 1, 24).reshape(4, 6)
+    for _ in range(steps):
+        _, grads = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())(model, x)
+        model, opt = ff.optimizer_step(rt, model, opt, grads)
+    cursor, key = ff.Cursor(seed=7, epoch=2, index=48), ff.fold_in(ff.key(3), 5)
+    return placed(rt, way, {"model": model, "opt": opt, "cursor": cursor, "key": key, "epoch": 2})
+
+
+def differences(state, whole):
+    """The entries of a state that are not, bit for bit, this rank's part of the plain tree of the checkpoint."""
+    model, opt = state["model"], state["opt"]
+    plain = whole["model"]
+    pairs = {
+        **{f"params/{name}": (leaf, plain["params"][name]) for name, leaf in model.params.items()},
+        **{f"buffers/{name}": (leaf, plain["buffers"][name]) for name, leaf in model.buffers.items()},
+        **{
+            f"{name}/{slot}": (leaf, whole["opt"]["state"][name][slot])
+            for name, slots in opt.state.items()
+            for slot, leaf in slots.items()
+        },
+    }
+    assert len(pairs) == 7 + 3 + 21
+    found = []
+    for name, (leaf, expected) in pairs.items():
+        if isinstance(leaf, DTensor):
+            expected = distribute_tensor(expected, leaf.device_mesh, leaf.placements, src_data_rank=None)
+        if bits(local(leaf)) != bits(local(expected)):
+            found.append(name)
+    rest = (state["cursor"], state["key"], state["epoch"], opt.step)
+    assert rest == (ff.Cursor(seed=7, epoch=2, index=48), ff.fold_in(ff.key(3), 5), 2, 2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def every_way(tmp_path_factory, ranks):
+    """A folder with a checkpoint of the training state of each way."""
+    folder = tmp_path_factory.mktemp("ways")
+
+    def saved(rt, way, path):
+        state = trained_state(rt, way)
+        ff.save(rt, path, state)
+        return differences(state, ff.load(rt, path))
+
+    for name, way in WAYS.items():
+        said = ranks.run(saved, way, folder / name, world_size=way.world_size, strategy=named(way.strategy))
+        assert said == [[]] * way.world_size, f"{name}: what was written is what was there"
+    return folder
+
+
+@pytest.mark.parametrize("loader", WAYS)
+def test_every_way_loads_the_whole_training_state_that_any_other_saved(ranks, every_way, loader):
+    """All pairs: parameters, buffers, moments, cursor, key; into a fresh state, or one that has run."""
+
+    def loaded(rt, way):
+        like = fresh(rt, way) if not way.mesh else trained_state(rt, way, 1)
+        kinds = {name: type(leaf) for name, leaf in like["model"].params.items()}
+        found = {}
+        for name in WAYS:
+            state = ff.load(rt, every_way / name, like)
+            assert {name: type(leaf) for name, leaf in state["model"].params.items()} == kinds
+            found[name] = differences(state, ff.load(rt, every_way / name))
+        return found
+
+    way = WAYS[loader]
+    said = ranks.run(loaded, way, world_size=way.world_size, strategy=named(way.strategy))
+    assert said == [{name: [] for name in WAYS}] * way.world_size
 
 
 def test_parameters_meta_templates_and_filling_in_place(tmp_path, ranks):
@@ -704,3 +810,41 @@ def test_a_rank_needs_the_memory_and_the_bytes_of_its_own_part(tmp_path, pair):
         assert SHARD - 1 <= read["load"] < SHARD + 1
         assert SHARD - 1 <= read["donate"] < SHARD + 1
         assert read["columns"] < 2 * SHARD + 1  # each block has elements of both ranks; none is read twice
+
+
+@contextlib.contextmanager
+def at_most(mib):
+    """This process gets so much memory on top of what it has, not more."""
+    kept = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + mib * MIB, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, kept)
+
+
+STACKS = 48
+"""MiB of address space for the stacks of the reading threads, which the system counts as data."""
+
+
+def larger_than_a_rank(rt, path):
+    """Parameters and two moments, 384 MiB, on ranks that may take half of that and the buffer."""
+    mesh = DeviceMesh.from_group(rt.world.group, "cpu", mesh_dim_names=("dp",))
+    half = 3 * SHARD // 2
+    names = ("params", "exp_avg", "exp_avg_sq")
+    shard = lambda value: DTensor.from_local(torch.full((half // 3 << 8, 1 << 10), value), mesh, [Shard(0)])  # noqa: E731
+    with at_most(half + BUFFER):  # the state itself, and a save of it
+        ff.save(rt, path, {name: shard(float(rt.rank + place)) for place, name in enumerate(names)})
+    like = {name: shard(7.0) for name in names}
+    with at_most(half + BUFFER + STACKS):
+        loaded = ff.load(rt, path, like)
+        for place, name in enumerate(names):
+            assert (loaded[name].to_local() == rt.rank + place).all()
+        del loaded
+        with pytest.raises(CheckpointError, match="allocate memory"):  # whole it does not fit
+            ff.load(rt, path)
+    return True
+
+
+def test_a_state_larger_than_the_memory_of_a_rank_is_saved_and_loaded(tmp_path, pair):
+    assert pair.run(larger_than_a_rank, tmp_path / "c") == [True, True]

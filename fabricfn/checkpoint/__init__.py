@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         verify_checkpoint as verify_checkpoint,
     )
     from fabricfn.checkpoint.loading import Loaded as Loaded, load as load
+    from fabricfn.checkpoint.retention import prune_checkpoints as prune_checkpoints, retained as retained
     from fabricfn.checkpoint.saving import Saving as Saving, save as save
 else:
     # Looking at checkpoints imports no torch, so the functions are not imported all at once.
@@ -27,6 +28,7 @@ else:
         "custom": ("CheckpointType",),
         "foreign.loading": ("load_raw",),
         "exporting": ("consolidate",),
+        "retention": ("retained", "prune_checkpoints"),
         "listing": (
             *("latest", "list_checkpoints", "verify_checkpoint", "inspect_checkpoint"),
             *("Summary", "Entry"),
