@@ -11,6 +11,7 @@ from fabricfn.environments import Topology, find
 from fabricfn.errors import ConfigurationError
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
+from fabricfn.starting.commanded import with_command_line
 from fabricfn.starting.joining import join, place, shutdown
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
 from fabricfn.starting.scripts import attend_script, run_again, why_no_script
@@ -99,8 +100,9 @@ def init_runtime(
         start_method=start_method,
         spawn=spawn,
     )
+    request = with_command_line(request)
     choice = choice_of(request)
-    topology = place(find(os.environ, environment))
+    topology = place(find(os.environ, request.environment))
     if topology.name == "script":
         attend_script(topology)
     if topology.name == "single":
