@@ -27,12 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: the words after the command; None takes those of this process.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    chosen = _parser().parse_args(words)
+    chosen = _parser().parse_args(arguments)
     if chosen.command == "env":
         print(import_module("fabricfn.facts").environment_report())
         sys.exit(0)
-    _run(chosen, words)
+    _run(chosen, _flags(sys.orig_argv, sys.argv[1:]) if arguments is None else [])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 NOT_FOR_THE_SCRIPT = ("command", "dry_run", "module", "script")
 
 
-def _run(chosen: argparse.Namespace, words: Sequence[str]) -> NoReturn:
+def _run(chosen: argparse.Namespace, flags: Sequence[str]) -> NoReturn:
     program = ["-m", *chosen.module] if chosen.module else list(chosen.script)
     if not program or program == ["-m"]:
         print(f"usage: {USAGE}\nfabricfn run: error: the script is missing", file=sys.stderr)
@@ -73,7 +72,7 @@ def _run(chosen: argparse.Namespace, words: Sequence[str]) -> NoReturn:
     options = {
         name: value for name, value in vars(chosen).items() if name not in NOT_FOR_THE_SCRIPT and value is not None
     }
-    command = [sys.executable, *_flags(words), *program]
+    command = [sys.executable, *flags, *program]
     if chosen.dry_run:
         _tell(command, options)
         sys.exit(0)
@@ -82,9 +81,16 @@ def _run(chosen: argparse.Namespace, words: Sequence[str]) -> NoReturn:
     os.execve(command[0], command, {**os.environ, RUN: write(options, os.getpid())})
 
 
-def _flags(words: Sequence[str]) -> list[str]:
-    """Python's own flags, such as `-X dev`, with which `python -m fabricfn` was called."""
-    before = sys.orig_argv[1 : len(sys.orig_argv) - len(words)]
+def _flags(orig_argv: Sequence[str], words: Sequence[str]) -> Sequence[str]:
+    """Python's own flags, such as `-X dev`, with which `python -m fabricfn` was called.
+
+    Example:
+        >>> _flags(["python", "-X", "dev", "-m", "fabricfn", "run", "a.py"], ["run", "a.py"])
+        ['-X', 'dev']
+        >>> _flags(["python", "/usr/bin/fabricfn", "env"], ["env"])
+        []
+    """
+    before = orig_argv[1 : len(orig_argv) - len(words)]
     return before[:-2] if before[-2:] == ["-m", "fabricfn"] else before[:-1]
 
 

@@ -96,7 +96,7 @@ def _devices() -> list[str]:
     found = available()
     lines = [f"devices: {describe(found)}, {threads_each(1)} CPU cores for this process, shm {_shared_memory()}"]
     for index in range(found.get("cuda", 0)):
-        device: Any = torch.cuda.get_device_properties(index)
+        device: Any = torch.cuda.get_device_properties(index)  # pyright: ignore
         capability = f"{device.major}.{device.minor}"
         lines.append(f"  cuda:{index} {device.name}, {device.total_memory >> 20} MiB, capability {capability}")
     return lines

@@ -70,17 +70,19 @@ def detect(environ: Mapping[str, str]) -> Topology | None:
 
 
 def _node(rank: int, size: int, local_rank: int, local_size: int) -> int:
-    """The machine of a process: ranks either fill one machine after the other, or go round them."""
-    if size % local_size == 0 and rank % local_size == local_rank:
-        return rank // local_size
-    if size % local_size == 0 and rank // (size // local_size) == local_rank:
-        return rank % (size // local_size)
-    raise ConfigurationError(
-        f"mpirun started {local_size} of {size} processes on this machine, and rank {rank} as the local rank"
-        f" {local_rank}: the machines have unequal numbers, or an order that is not known here. Start equally many on"
-        " each, in the order of ranks: mpirun --map-by ppr:4:node (Open MPI), mpiexec -ppn 4 (MPICH), or pass"
-        " environment=fabricfn.environments.Topology(...)."
-    )
+    """The machine of a process: ranks go round the machines where the local rank says so, else they fill one first.
+
+    Open MPI may number the processes of one machine in another order than their ranks.
+    """
+    if size % local_size:
+        raise ConfigurationError(
+            f"mpirun started {local_size} of {size} processes on this machine, so the machines have unequal numbers."
+            " Start equally many on each: mpirun --map-by ppr:4:node (Open MPI), mpiexec -ppn 4 (MPICH), or pass"
+            " environment=fabricfn.environments.Topology(...)."
+        )
+    nodes = size // local_size
+    round_the_machines = rank % local_size != local_rank and rank // nodes == local_rank
+    return rank % nodes if round_the_machines else rank // local_size
 
 
 def meet(topology: Topology) -> Topology:
