@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from fabricfn.environments.command_line import RUN, write
+from fabricfn.errors import ConfigurationError
 
 USAGE = "fabricfn run [options] SCRIPT [ARGS ...]\n       fabricfn run [options] -m MODULE [ARGS ...]"
 HELP = """\
@@ -74,7 +75,11 @@ def _run(chosen: argparse.Namespace, flags: Sequence[str]) -> NoReturn:
     }
     command = [sys.executable, *flags, *program]
     if chosen.dry_run:
-        _tell(command, options)
+        try:
+            _tell(command, options)
+        except ConfigurationError as error:
+            print(f"fabricfn run: error: {error}", file=sys.stderr)
+            sys.exit(2)
         sys.exit(0)
     sys.stdout.flush()
     sys.stderr.flush()

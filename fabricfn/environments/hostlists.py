@@ -32,14 +32,12 @@ def expand(text: str) -> Iterator[str]:
     text, at = text.strip(), 0
     while True:
         name = _NAME.match(text, at)
-        if name is None:
+        if name is None or text[name.end() : name.end() + 1] not in ("", ","):
             raise _error(text)
         pieces = [_numbers(inside, text) if plain == "" else [plain] for inside, plain in _PIECE.findall(name.group())]
         yield from _combinations(pieces)
         if name.end() == len(text):
             return
-        if text[name.end()] != ",":
-            raise _error(text)
         at = name.end() + 1
 
 

@@ -66,12 +66,13 @@ def _loopback_store(topology: Topology, port: int, limit: timedelta) -> Store:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((LOOPBACK, port))
+            listener.listen()
         except OSError as error:
+            listener.close()
             raise ConfigurationError(
                 f"the ranks would meet at {LOOPBACK}:{port}, but that port cannot be had: {error}. Another job may"
                 " hold it; write another one on every rank: main_port=."
             ) from error
-        listener.listen()
         descriptor = listener.detach()
     return TCPStore(
         LOOPBACK,
