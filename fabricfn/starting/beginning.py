@@ -40,7 +40,7 @@ def init_runtime(
 
     Laws:
 
-    * Under a launcher (torchrun, srun, mpirun, jsrun, Kubeflow, `launch`) it joins the processes that are there. What was
+    * Under a launcher (torchrun, srun, mpirun, jsrun, Kubeflow, `launch`) it joins the processes that exist. What was
       omitted or is "auto" is left to the launcher; anything else that differs from it is an error that names both.
     * What is at its default is set by the options of `fabricfn run`; anything else that differs from them is an error.
     * Without one, a script that asks for several ranks is run again, once for each, with the same Python flags and
