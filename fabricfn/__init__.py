@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         MismatchError as MismatchError,
         ModelError as ModelError,
     )
+    from fabricfn.facts import environment_report as environment_report
     from fabricfn.gathering import gather_params as gather_params, to_module as to_module, unsharded as unsharded
     from fabricfn.generators import (
         random_state as random_state,
@@ -98,6 +99,7 @@ else:
     _ROOMS = {
         # starting and stopping
         "starting": "init_runtime runtime shutdown launch",
+        "facts": "environment_report",
         "runtimes": "Runtime",
         "world": "World",
         "precision": "Precision DynamicScale",

@@ -68,7 +68,7 @@ def choose(accelerator: str, devices: int | str | Sequence[int] | None, found: M
         >>> choose("cpu", 2, {"cpu": 1})
         Choice(accelerator='cpu', indices=(0, 1), open=False)
     """
-    wanted = _read(devices)
+    wanted = count_or_indices(devices)
     kind = _kind(accelerator, found)
     if wanted is None:  # None and 0 are the CPU in Fabric too, so scripts that come from there mean it
         if accelerator not in ("auto", "cpu"):
@@ -118,8 +118,12 @@ def _kind(accelerator: str, found: Mapping[str, int]) -> str:
     return kind
 
 
-def _read(devices: int | str | Sequence[int] | None) -> int | tuple[int, ...] | None:
-    """A positive number, -1 for all, a tuple of indices, or None for the CPU."""
+def count_or_indices(devices: int | str | Sequence[int] | None) -> int | tuple[int, ...] | None:
+    """What `devices` says in one form: a positive number, -1 for all, a tuple of indices, or None for the CPU.
+
+    Raises:
+        ConfigurationError: it is not understood.
+    """
     value: object = devices
     if isinstance(devices, str):
         value = _read_text(devices)

@@ -46,12 +46,14 @@ FLOORS = (
         "data",
         "checkpoint",
     ),  # verbs
-    ("testing",),  # worlds, cases, laws
-    ("__init__",),  # every public name
+    ("facts",),  # what there is on this machine, and what a command line would start on it
+    ("testing", "cli"),  # worlds, cases, laws; the command line
+    ("__init__", "__main__"),  # every public name; python -m fabricfn
 )
 
 # Third-party libraries that a file may import inside a function, because they are optional and it is about them.
 OPTIONAL: dict[str, set[str]] = {"accelerators": {"torch_xla"}, "starting.cargo": {"cloudpickle"}}
+OPTIONAL["environments.mpi"] = {"mpi4py"}
 
 # The files that name a library which belongs to them alone.
 OWNED = {"optree": {"tree"}}

@@ -170,7 +170,13 @@ def test_who_started_this_process_is_a_pure_function_of_the_environment():
     topology = find(elastic)
     assert (topology.name, topology.rank, topology.node_rank, topology.num_nodes) == ("torchrun", 5, 1, 2)
     assert (topology.main_address, topology.main_port) == ("head", 29)
-    ours = {**elastic, "GROUP_WORLD_SIZE": "1", "FABRICFN_STARTED_BY": "script", "FABRICFN_FOLDER": "/tmp/f"}
+    ours = {
+        **elastic,
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "FABRICFN_STARTED_BY": "script",
+        "FABRICFN_FOLDER": "/tmp/f",
+    }
     ours["TORCHELASTIC_RESTART_COUNT"] = "2"
     assert find(ours).name == "script"
     assert (find(ours).folder, find(ours).main_address) == ("/tmp/f/attempt-2", None)

@@ -1,15 +1,21 @@
-"""What started this process. One file per launcher; to add one, write its `detect` and put it into `DETECTORS`."""
+"""What started this process. One file per launcher; to add one, write its `why_not` and `detect` and put the file into
+`DETECTORS`.
+"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from fabricfn.environments import single, torchrun, workers
-from fabricfn.environments.topology import Topology as Topology
+from fabricfn.environments import kubeflow, lsf, mpi, single, slurm, torchrun, workers
+from fabricfn.environments.topology import Detector, Topology as Topology
 from fabricfn.errors import ConfigurationError
 
-DETECTORS: dict[str, Callable[[Mapping[str, str]], Topology | None]] = {
-    "workers": workers.detect,
-    "torchrun": torchrun.detect,
-    "single": single.detect,
+DETECTORS: dict[str, Detector] = {
+    "workers": workers,
+    "torchrun": torchrun,
+    "slurm": slurm,
+    "lsf": lsf,
+    "mpi": mpi,
+    "kubeflow": kubeflow,
+    "single": single,
 }
 """In the order in which they are asked: a launcher that runs on another stands before it."""
 
@@ -22,7 +28,8 @@ def find(environ: Mapping[str, str], environment: str | Topology | None = None) 
         environment: None asks every detector; the name of one asks it alone; a `Topology` is taken as it is.
 
     Raises:
-        ConfigurationError: the name is unknown, or this process was not started by it.
+        ConfigurationError: the name is unknown, or this process was not started by it; or the launcher's variables make
+            no sense.
 
     Example:
         >>> find({}).world_size
@@ -36,10 +43,11 @@ def find(environ: Mapping[str, str], environment: str | Topology | None = None) 
             " fabricfn.environments.Topology record of your own."
         )
     detectors = DETECTORS.values() if environment is None else [DETECTORS[environment]]
-    topology = next((found for detect in detectors if (found := detect(environ)) is not None), None)
-    if topology is None:
+    topology = next((found for one in detectors if (found := one.detect(environ)) is not None), None)
+    if topology is None and environment is not None:
+        reason = DETECTORS[environment].why_not(environ)
         raise ConfigurationError(
-            f"environment={environment!r}, but this process was not started by it (its variables are not set). Leave"
-            " environment out, or start the script with that launcher."
+            f"environment={environment!r}, but this process was not started by it: {reason}. Leave environment out, or"
+            " start the script with that launcher."
         )
-    return topology
+    return topology or Topology()

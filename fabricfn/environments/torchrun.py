@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 
-from fabricfn.environments.topology import Topology, integer
+from fabricfn.environments.topology import Topology, integer, unset
+
+
+def why_not(environ: Mapping[str, str]) -> str | None:
+    """Why this is no worker of torch's elastic agent."""
+    return unset(environ, "TORCHELASTIC_RUN_ID")
 
 
 def detect(environ: Mapping[str, str]) -> Topology | None:
     """The place of a worker of torch's elastic agent; None outside one."""
-    if "TORCHELASTIC_RUN_ID" not in environ:
+    if why_not(environ) is not None:
         return None
     return Topology(
         name="torchrun",

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from fabricfn.environments import torchrun
-from fabricfn.environments.topology import Topology
+from fabricfn.environments.topology import Topology, unset
 
 STARTED_BY = "FABRICFN_STARTED_BY"
 """The environment variable that says what started this worker: "launch" or "script"."""
@@ -15,10 +15,15 @@ FOLDER = "FABRICFN_FOLDER"
 """The environment variable with the path of the private folder of the job on this node."""
 
 
+def why_not(environ: Mapping[str, str]) -> str | None:
+    """Why fabricfn did not start this process."""
+    return torchrun.why_not(environ) or unset(environ, STARTED_BY, FOLDER)
+
+
 def detect(environ: Mapping[str, str]) -> Topology | None:
     """The place of a worker that fabricfn started; None elsewhere."""
     topology = torchrun.detect(environ)
-    if topology is None or STARTED_BY not in environ:
+    if topology is None or why_not(environ) is not None:
         return None
     folder = f"{environ[FOLDER]}/attempt-{topology.attempt}"
     alone = topology.num_nodes == 1

@@ -9,7 +9,6 @@ import pickle
 import signal
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -20,16 +19,16 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, SubprocessContext
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # pyright: ignore
 
 from fabricfn.environments import Topology
 from fabricfn.environments.workers import FOLDER, STARTED_BY
 from fabricfn.errors import ConfigurationError
 from fabricfn.failures import Failure, first_cause
-from fabricfn.starting.joining import DEFAULT_PORT
-from fabricfn.starting.request import Request, seconds
+from fabricfn.starting.meeting import DEFAULT_PORT
+from fabricfn.starting.nodes import Nodes, rendezvous_of
+from fabricfn.starting.request import Request
 
 GRACE = 5
 """Seconds that workers have to end after a signal, before they are killed."""
@@ -64,6 +63,18 @@ class _Agent(LocalElasticAgent):
     """When to stop waiting for the rank behind a lost connection, on the monotonic clock."""
     folder: Path = Path()
     """Where the attempts have their folders."""
+    nodes: Nodes | None = None
+    """How several nodes agree on restarts, where there can be any."""
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        super()._rendezvous(worker_group)  # pyright: ignore
+        if self.nodes is not None:  # a node that follows another one has used a restart too: all count alike
+            self._remaining_restarts = worker_group.spec.max_restarts - self.nodes.attempt
+
+    def _exit_barrier(self) -> None:
+        if self.nodes is not None:
+            self.nodes.end()
+        super()._exit_barrier()
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.ended = _ended(self._pcontext)
@@ -130,6 +141,7 @@ def run_workers(
     """
     before = set(multiprocessing.active_children())
     text = isinstance(entrypoint, str)
+    handler = rendezvous_of(request, folder)
     agent = _Agent(
         WorkerSpec(
             role="fabricfn",
@@ -137,7 +149,7 @@ def run_workers(
             entrypoint=entrypoint,
             # The agent substitutes $names in strings.
             args=tuple(arg.replace("$", "$$") if text else arg for arg in args),
-            rdzv_handler=get_rendezvous_handler(_rendezvous(request, folder)),
+            rdzv_handler=handler,
             max_restarts=request.max_restarts,
             monitor_interval=0.02,
             master_addr=request.main_address,
@@ -149,6 +161,7 @@ def run_workers(
     )
     agent._shutdown_timeout = GRACE
     agent.folder = folder
+    agent.nodes = handler if isinstance(handler, Nodes) else None
     settings = {STARTED_BY: started_by, FOLDER: str(folder)}
     if request.num_nodes == 1:
         settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -157,20 +170,15 @@ def run_workers(
     with environment(settings), _own_signals(), _quiet():
         try:
             result: RunResult = agent.run()  # pyright: ignore
+        except RendezvousClosedError:  # another node has ended, so there is no further attempt: what counts is the last
+            result = RunResult(state=WorkerState.FAILED)
+            agent._remaining_restarts += 1
         finally:
             _end(agent._pcontext, before)
+            if agent.nodes is not None:
+                agent.nodes.end()
             agent._rdzv_handler.shutdown()
     return _outcome(agent, result)
-
-
-def _rendezvous(request: Request, folder: Path) -> RendezvousParameters:
-    run_id, nodes = uuid.uuid4().hex, request.num_nodes
-    if nodes == 1:
-        endpoint = str(folder / "rendezvous")
-        return RendezvousParameters("c10d", endpoint, run_id, 1, 1, local_addr="127.0.0.1", store_type="file")
-    endpoint = f"{request.main_address}:{request.main_port or DEFAULT_PORT}"
-    limit = int(seconds(request.timeout))
-    return RendezvousParameters("static", endpoint, "fabricfn", nodes, nodes, rank=request.node_rank, timeout=limit)
 
 
 def _outcome(agent: _Agent, result: RunResult) -> Outcome:

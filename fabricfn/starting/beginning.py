@@ -11,6 +11,7 @@ from fabricfn.environments import Topology, find
 from fabricfn.errors import ConfigurationError
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
+from fabricfn.starting.commanded import with_command_line
 from fabricfn.starting.joining import join, place, until_shutdown
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
 from fabricfn.starting.scripts import attend_script, run_again, why_no_script
@@ -39,8 +40,9 @@ def init_runtime(
 
     Laws:
 
-    * Under a launcher (torchrun, `launch`) it joins the processes that are there. What was omitted or is "auto" is left
-      to the launcher; anything else that differs from it is an error that names both.
+    * Under a launcher (torchrun, srun, mpirun, jsrun, Kubeflow, `launch`) it joins the processes that exist. What was
+      omitted or is "auto" is left to the launcher; anything else that differs from it is an error that names both.
+    * What is at its default is set by the options of `fabricfn run`; anything else that differs from them is an error.
     * Without one, a script that asks for several ranks is run again, once for each, with the same Python flags and
       arguments; this process waits and exits as they did, so it never returns. On one node nothing listens beyond the
       loopback interface. OMP_NUM_THREADS becomes cores / ranks when unset.
@@ -58,14 +60,15 @@ def init_runtime(
         num_nodes: the number of machines.
         precision: "32-true", "64-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed" (not on CPU), an alias or a
             record, as `Precision.parse` takes.
-        environment: the launcher, if it is not to be found out: "workers", "torchrun", "single" (which ignores any), or
-            a `fabricfn.environments.Topology` of your own.
+        environment: the launcher, if it is not to be found out: "workers", "torchrun", "slurm", "lsf", "mpi",
+            "kubeflow", "single" (which ignores any), or a `fabricfn.environments.Topology` of your own.
         seed: any integer, `rt.seed`; None is 0. Global generators are left alone.
         timeout: how long a collective waits for the other ranks, in seconds or as a timedelta.
         backend: of torch.distributed; None is gloo for CPU tensors and the device's own for its tensors.
         node_rank: which machine this is, 0 .. num_nodes - 1; needed without a launcher when num_nodes > 1.
-        main_address: the host name of the machine with node_rank 0; likewise.
-        main_port: its port; 29500 when omitted.
+        main_address: the host name of the machine with node_rank 0; likewise. It replaces what a rule gave (SLURM's
+            first node), and must agree with what a launcher said.
+        main_port: its port; 29500 when omitted and nobody says otherwise.
         max_restarts: how often all ranks are started again after one failed.
         start_method: used by `launch`.
         spawn: "script" as above; "never" makes it an error to need other processes.
@@ -99,8 +102,9 @@ def init_runtime(
         start_method=start_method,
         spawn=spawn,
     )
+    request = with_command_line(request)
     choice = choice_of(request)
-    topology = place(find(os.environ, environment))
+    topology = place(find(os.environ, request.environment))
     if topology.name == "script":
         attend_script(topology)
     if topology.name == "single":

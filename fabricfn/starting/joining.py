@@ -10,8 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
+from torch._C._distributed_c10d import PrefixStore
 
 from fabricfn.accelerators import Choice, available, describe, device_of
 from fabricfn.environments import Topology
@@ -19,12 +18,10 @@ from fabricfn.errands import finish
 from fabricfn.errors import ConfigurationError
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
+from fabricfn.starting.meeting import open_store, settle
 from fabricfn.starting.request import Request, seconds
 from fabricfn.strategies import resolve
 from fabricfn.world import World
-
-DEFAULT_PORT = 29500
-"""Where the ranks of several nodes meet unless `main_port` says otherwise; torchrun's default."""
 
 LETTING_GO = 0.05
 """Seconds, without the GIL, for gloo's threads to let go of the last collective's tensors.
@@ -70,13 +67,15 @@ def local_device(topology: Topology, choice: Choice) -> torch.device:
     """
     if choice.accelerator == "cpu":
         return device_of("cpu", 0)
-    if topology.local_rank >= len(choice.indices):
+    alone_with_it = topology.own_devices and len(choice.indices) == 1
+    local = 0 if alone_with_it else topology.local_rank
+    if local >= len(choice.indices):
         raise ConfigurationError(
             f"{topology.name} started {topology.local_world_size} processes on this node, but it has"
             f" {describe(available())} (local rank {topology.local_rank} finds none left). Start"
             f' {len(choice.indices)}, or write accelerator="cpu".'
         )
-    return device_of(choice.accelerator, choice.indices[topology.local_rank])
+    return device_of(choice.accelerator, choice.indices[local])
 
 
 def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
@@ -85,6 +84,7 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
     Raises:
         ConfigurationError: the request contradicts the topology or the process group that exists.
     """
+    topology = settle(request, topology)
     check_conflicts(request, topology, choice)
     strategy = resolve(request.strategy, topology.world_size)
     device = local_device(topology, choice)
@@ -130,12 +130,7 @@ def _make_group(request: Request, topology: Topology, device: torch.device) -> N
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, _loopback())
     limit = timedelta(seconds=seconds(request.timeout))
-    if topology.folder is not None and topology.num_nodes == 1:
-        store: Store = FileStore(f"{topology.folder}/store", -1)
-        store.set_timeout(limit)
-    else:
-        url = f"tcp://{topology.main_address}:{topology.main_port or DEFAULT_PORT}"
-        store = next(rendezvous(url, topology.rank, topology.world_size, timeout=limit))[0]
+    store = open_store(topology, limit)
     # A store outlives the groups: what an earlier group or attempt wrote must not be read again.
     generation = store.add(f"fabricfn/{topology.attempt}/{topology.rank}", 1)
     backend = request.backend

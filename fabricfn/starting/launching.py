@@ -21,6 +21,7 @@ from fabricfn.errors import ConfigurationError, LaunchError
 from fabricfn.failures import ending, exception_of, record
 from fabricfn.starting.agent import Outcome, attend, check_ready, leave_word, run_workers, threads_each
 from fabricfn.starting.cargo import Call, pack, read_result, unpack, write_result
+from fabricfn.starting.commanded import with_command_line
 from fabricfn.starting.joining import join, place, shutdown, until_shutdown
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
 
@@ -59,7 +60,7 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
         >>> ff.launch(lambda rt, x: rt.world_size * x, 21, accelerator="cpu")
         [21]
     """
-    request = request_from(options)
+    request = with_command_line(request_from(options))
     choice = choice_of(request)
     topology = place(find(os.environ, request.environment))
     count = len(choice.indices)

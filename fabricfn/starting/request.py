@@ -92,12 +92,8 @@ def check_own_start(request: Request, choice: Choice) -> None:
         raise ConfigurationError(
             f"num_nodes={request.num_nodes} needs node_rank=0 .. {request.num_nodes - 1}, a different one on each"
             " node, and main_address=, the name of the node with node_rank=0, when no launcher such as torchrun"
-            " sets them."
+            " sets them. On the command line: fabricfn run --num-nodes"
+            f" {request.num_nodes} --node-rank 0 --main-address ... train.py"
         )
     if not 0 <= request.node_rank < request.num_nodes:
         raise ConfigurationError(f"node_rank={request.node_rank} must be 0 .. {request.num_nodes - 1} (num_nodes - 1).")
-    if request.max_restarts:
-        raise ConfigurationError(
-            f"max_restarts={request.max_restarts} over num_nodes={request.num_nodes}: the nodes must agree on a"
-            " restart, which torchrun does. Start with: torchrun --max-restarts ... --rdzv-backend c10d train.py"
-        )

@@ -1,0 +1,5 @@
+"""`python -m fabricfn`: the command line."""
+
+from fabricfn.cli import main
+
+main()
