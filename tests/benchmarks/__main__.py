@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fabricfn as ff
-from tests.benchmarks import inputs, randomness, ranks, report, sharded, steps
+from tests.benchmarks import inputs, randomness, ranks, report, sharded, steps, storage
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs/benchmarks.json"
@@ -46,6 +46,11 @@ MEASURES = {
     "to_device": inputs.measure_to_device,
     "batches": inputs.measure_batches,
     "stream": functools.partial(on_two_ranks, inputs.measure_stream),
+    "save": storage.measure_save,
+    "load": storage.measure_load,
+    "sharded": functools.partial(on_two_ranks, storage.measure_sharded),
+    "stall": storage.measure_stall,
+    "partial": functools.partial(on_two_ranks, storage.measure_partial),
     "imports": functools.partial(inputs.measure_programs, inputs.IMPORTS),
     "first_step": functools.partial(inputs.measure_programs, inputs.FIRST_STEPS),
 }
@@ -65,6 +70,11 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
     ("to_device", "to_device", "bare", {}, 100),
     ("batches", "batches", "bare", {}, 100),
     ("stream", "stream", "bare", {}, 40),
+    ("save", "save", "bare", {}, 10),
+    ("load", "load", "DCP", {}, 10),
+    ("sharded", "sharded", "bare", {}, 10),
+    ("stall", "stall", "copy", {}, 10),
+    ("partial", "partial", "needed", {}, 1),
     ("imports", "imports", "import torch", {}, 5),
     ("first_step", "first_step", "plain", {}, 5),
 )
@@ -100,7 +110,7 @@ def measure_all(quick: bool, only: str) -> dict[str, Any]:
     for key, name, base, options, rounds in ROWS:
         if not key.startswith(only):
             continue
-        times = 1 if name in ("imports", "first_step") else repeats
+        times = 1 if name in ("imports", "first_step", "partial") else repeats
         found = in_fresh_processes(name, times, **options, rounds=max(rounds // divisor, 1))
         if isinstance(found[0][next(iter(found[0]))], dict):  # several figures of one measurement
             for part in found[0]:

@@ -21,6 +21,10 @@ ASKED = {
     "batches": {"fabricfn": 1.2},
     "stream": {"fabricfn": 1.1},
     "imports": {"import fabricfn": 1.05},
+    "save": {"fabricfn": 1.11},
+    "sharded save": {"fabricfn": 1.11},
+    "load": {"fabricfn": 1.0},
+    "sharded load": {"fabricfn": 1.0},
 }
 
 STEP_ROWS = {
@@ -47,6 +51,12 @@ INPUT_ROWS = {
 }
 STREAM_ROWS = {"stream": "an epoch over an IterableDataset of 16384 samples, batches of 32"}
 
+PARTS = {
+    "partial rows": "half of the rows of one tensor",
+    "partial columns": "half of the columns",
+    "partial one": "one tensor of 25, by `only=`",
+}
+
 HEAD = """# Benchmarks
 
 Made by `nox -s benchmarks` (that is `python -m tests.benchmarks`); the raw figures are in
@@ -68,6 +78,27 @@ Wall time under fsdp, against hand-written `fully_shard` of every block and the 
 Asked for FSDP2 on CPU ranks, Accelerate takes DDP without a word; here its state is set to FSDP2 by hand.
 fabricfn gathers ahead on CPU (an option of torch's that the others leave off) and steps on the local parts.
 """
+
+
+SAVERS = {"torch.save": "torch.save", "DCP": "DCP", "Lightning Fabric": "Lightning Fabric", "Accelerate": "Accelerate"}
+LOADERS = {"torch.load": "torch.load", "safetensors, copied": "safetensors"}
+
+SAVE_HEAD = """## Checkpoints
+
+Wall time for 384 MiB of float32 (24 tensors), written to a new place and flushed to the disk; on two ranks half of
+every tensor each. Bare: the same bytes by `write` and one `fsync`. fabricfn also computes and keeps a checksum of every
+block; what the peers wrote is flushed for them, within their time. DCP is torch's distributed checkpoint. Alone:
+`python -m tests.benchmarks --only save` (and `load`, `sharded`, `stall`, `partial`).
+"""
+
+
+def parts_table(results: dict[str, Any]) -> str:
+    """Bytes read over bytes needed."""
+    lines = ["| what a rank of two loads | MiB needed | read / needed |", "| --- | --- | --- |"]
+    for key, title in PARTS.items():
+        result = results[key]
+        lines.append(f"| {title} | {result['seconds'] / 2**20:g} | {result['ratios']['fabricfn']:.3f} |")
+    return "\n".join(lines) + "\n"
 
 
 def cell(result: dict[str, Any], name: str, asked: dict[str, float]) -> str:
@@ -112,6 +143,9 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         "imports": {name: name for name in list(results["imports"]["ratios"])[1:]},
         "first_step": {"plain again (noise)": "again", "fabricfn": "fabricfn"},
     }
+    bare = {"bare again (noise)": "again", "fabricfn": "fabricfn"}
+    base = {"DCP again (noise)": "again", "fabricfn": "fabricfn"}
+    copies = {"copy again (noise)": "again", "fabricfn": "fabricfn", "fresh clones": "copy into fresh memory"}
     parts = [
         HEAD.format(**results["machine"], processes=processes),
         "## One step, one process\n\nCPU time of forward, backward and AdamW for layers of `Linear(32, 32)`, batch 8."
@@ -137,6 +171,18 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         "On two ranks the bare DataLoader gives all of the data to each rank; fabricfn gives every sample to"
         " one, and lets the ranks vote whether all of them have further batches.\n",
         table(results, STREAM_ROWS, "bare", {"bare again (noise)": "again", "fabricfn": "fabricfn"}),
+        SAVE_HEAD,
+        table(results, {"save": "save, one process"}, "bare", {**bare, **SAVERS}),
+        table(results, {"sharded save": "save, two ranks"}, "bare", {**bare, "DCP": "DCP"}),
+        "Loaded into new tensors from the page cache; fabricfn checks every byte, the others none. safetensors: mapped"
+        " and copied.\n",
+        table(results, {"load": "load, one process"}, "DCP", {**base, **LOADERS}),
+        table(results, {"sharded load": "load, two ranks"}, "DCP", base),
+        "How long `save(blocking=False)` holds up its caller, from the second save on, against one copy of the same"
+        " bytes into memory in use.\n",
+        table(results, {"stall": "one process"}, "copy", copies),
+        "Bytes read by a load of a part, manifest and headers included; a block of 4 MiB is read whole.\n",
+        parts_table(results),
         table(results, {"imports": "importing"}, "import torch", first["imports"]),
         table(results, {"first_step": "from nothing to the first step done"}, "by hand", first["first_step"]),
     ]

@@ -9,12 +9,17 @@ Contenders = dict[str, Callable[[], object]]
 
 
 def interleaved(
-    contenders: Contenders, rounds: int, clock: Callable[[], float] = time.process_time, warmup: int = 10
+    contenders: Contenders,
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+    warmup: int = 10,
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """The median seconds of each contender.
 
     Every round calls each contender once, in a shuffled order (the same on all ranks), so that whatever slows the
-    machine for a while slows all of them, and nobody always runs after the same neighbour.
+    machine for a while slows all of them, and nobody always runs after the same neighbour. `between` runs before each
+    call, unmeasured.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = random.Random(0)
@@ -23,6 +28,7 @@ def interleaved(
         order.shuffle(names)
         for name in names:
             call = contenders[name]
+            between()
             start = clock()
             call()
             elapsed = clock() - start
