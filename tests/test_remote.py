@@ -20,13 +20,14 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 from hypothesis import HealthCheck, given, settings, strategies as st
 from moto.server import ThreadedMotoServer
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import fabricfn as ff
 from fabricfn.checkpoint import retrying
 from fabricfn.checkpoint.shelves import remove
-from fabricfn.errors import CheckpointError
+from fabricfn.errors import CheckpointError, ConfigurationError
 from fabricfn.testing import processes, threads
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
@@ -265,6 +266,19 @@ def test_copies_between_disks_and_stores_load_and_are_replaced(store, tmp_path):
     assert same(ff.load(RT, tmp_path / "down"), tree_of(2))
     ff.save(RT, tmp_path / "down", tree_of(3))
     assert same(ff.load(RT, tmp_path / "down"), tree_of(3))
+
+
+def test_an_export_is_made_on_a_disk_and_never_outlives_its_checkpoint(store, tmp_path):
+    model = ff.setup_model(RT, torch.nn.Linear(2, 1))
+    with pytest.raises(ConfigurationError, match=r"ff.consolidate\(url, folder\)"):
+        ff.save(RT, "faulty://run/c", {"model": model}, export="hf")
+    assert contents() == {}
+    ff.save(RT, "faulty://run/c", {"model": model})
+    (file,) = ff.consolidate("faulty://run/c", tmp_path / "hub")
+    assert same(load_file(file), dict(model.params))
+    Faulty().pipe_file("/run/c/model.safetensors", file.read_bytes())  # as a folder with an export is copied up
+    ff.save(RT, "faulty://run/c", {"model": model})
+    assert "/run/c/model.safetensors" not in Faulty.store
 
 
 def test_a_file_system_without_one_step_puts_is_written_but_not_replaced(tmp_path):

@@ -3,14 +3,13 @@
 The bytes go from the pieces, checked, through one buffer into the new files: no tensor is ever whole in memory.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fabricfn.checkpoint.boxes import Box, whole
 from fabricfn.checkpoint.commit import make_folders
 from fabricfn.checkpoint.manifest import ARRAYS, DTYPES, EXPORTED, Leaf, Manifest, Node, array_bytes, path_text
 from fabricfn.checkpoint.objects import local_path
-from fabricfn.checkpoint.opening import READ, opened, reader
+from fabricfn.checkpoint.opening import opened, unfinished
 from fabricfn.checkpoint.outline import Only, Path as Keys, listing, nothing_selected, prune
 from fabricfn.checkpoint.pieces import Source
 from fabricfn.checkpoint.placements import Part
@@ -102,22 +101,6 @@ def consolidate(
         shards = sharded(chosen(source.manifest, only, str(source.path)), max_shard_size)
         make_folders(place)
         return export(source, place, shards)
-
-
-@contextlib.contextmanager
-def unfinished(folder: Path, manifest: Manifest) -> Generator[Source]:
-    """A checkpoint whose data files are written and whose manifest is not yet."""
-    with contextlib.ExitStack() as stack:
-        fds: list[int] = []
-        origins: list[int] = []
-        for number, (name, size) in enumerate(manifest.files):
-            fds.append(os.open(folder / name, READ))
-            stack.callback(os.close, fds[-1])
-            pieces = [piece for leaf in manifest.leaves for piece in leaf.pieces if piece.file == number]
-            origins.append(size - sum(piece.size for piece in pieces))
-        yield Source(
-            path=folder, manifest=manifest, size=0, origins=tuple(origins), read=reader(tuple(fds)), remote=False
-        )
 
 
 def export_beside(folder: Path, manifest: Manifest) -> int:

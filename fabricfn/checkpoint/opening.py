@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from fabricfn.checkpoint.downloading import inside, open_url
-from fabricfn.checkpoint.manifest import DATA, MANIFEST, MANIFEST_LIMIT
+from fabricfn.checkpoint.manifest import DATA, MANIFEST, MANIFEST_LIMIT, Manifest
 from fabricfn.checkpoint.objects import Options, local_path, url_of
 from fabricfn.checkpoint.pieces import Source
 from fabricfn.checkpoint.validation import from_bytes
@@ -59,6 +59,22 @@ def opened(path: str | os.PathLike[str], say: bool = True, options: Options = No
             except OSError as error:
                 raise CheckpointError(f"the checkpoint {place} cannot be opened: {error}.") from error
         yield source
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, manifest: Manifest) -> Generator[Source]:
+    """A checkpoint whose data files are written and whose manifest is not yet."""
+    with contextlib.ExitStack() as stack:
+        fds: list[int] = []
+        origins: list[int] = []
+        for number, (name, size) in enumerate(manifest.files):
+            fds.append(os.open(folder / name, READ))
+            stack.callback(os.close, fds[-1])
+            pieces = [piece for leaf in manifest.leaves for piece in leaf.pieces if piece.file == number]
+            origins.append(size - sum(piece.size for piece in pieces))
+        yield Source(
+            path=folder, manifest=manifest, size=0, origins=tuple(origins), read=reader(tuple(fds)), remote=False
+        )
 
 
 def standing(place: Path, say: bool) -> Path:
