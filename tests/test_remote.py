@@ -245,6 +245,22 @@ def test_records_of_training_resume_from_a_url(store):
     assert same(dict(ahead.params), dict(again.params))
 
 
+def test_a_save_beside_the_training_goes_to_a_url_and_tells_how_far_it_is(store):
+    tree, seen, failures = {"w": torch.arange(6 * MIB, dtype=torch.float32)}, [], [0]
+
+    def fault(operation, path):
+        if operation == "part" and failures[0] == 0:
+            failures[0] += 1
+            raise TimeoutError
+
+    Faulty.fault = fault
+    saving = ff.save(RT, "faulty://run/c", tree, blocking=False, progress=lambda *done: seen.append(done))
+    tree["w"].zero_()
+    assert saving.wait().path == saving.path == "faulty://run/c"
+    assert same(ff.load(RT, "faulty://run/c")["w"], torch.arange(6 * MIB, dtype=torch.float32))
+    assert failures == [1] and seen[-1] == (24 * MIB, 24 * MIB)
+
+
 def test_file_urls_are_folders(tmp_path):
     receipt = ff.save(RT, f"file://{tmp_path}/run/c", tree_of())
     assert receipt.path == tmp_path / "run/c"
@@ -276,6 +292,8 @@ def test_an_export_is_made_on_a_disk_and_never_outlives_its_checkpoint(store, tm
     ff.save(RT, "faulty://run/c", {"model": model})
     (file,) = ff.consolidate("faulty://run/c", tmp_path / "hub")
     assert same(load_file(file), dict(model.params))
+    with pytest.raises(CheckpointError, match="is a URL; here stands a path on a disk"):
+        ff.consolidate("faulty://run/c", "faulty://hub")
     Faulty().pipe_file("/run/c/model.safetensors", file.read_bytes())  # as a folder with an export is copied up
     ff.save(RT, "faulty://run/c", {"model": model})
     assert "/run/c/model.safetensors" not in Faulty.store

@@ -77,7 +77,9 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """The absolute path, links resolved; also of a file:// URL."""
+    """The absolute path, links resolved; also of a file:// URL. Other URLs are refused."""
+    if url_of(path) is not None:
+        raise CheckpointError(f"{os.fspath(path)!r} is a URL; here stands a path on a disk.")
     return Path(os.path.realpath(LOCAL.sub("", os.fspath(path), count=1)))
 
 
