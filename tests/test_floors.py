@@ -52,8 +52,12 @@ FLOORS = (
 )
 
 # Third-party libraries that a file may import inside a function, because they are optional and it is about them.
-OPTIONAL: dict[str, set[str]] = {"accelerators": {"torch_xla"}, "starting.cargo": {"cloudpickle"}}
-OPTIONAL["environments.mpi"] = {"mpi4py"}
+OPTIONAL: dict[str, set[str]] = {
+    "accelerators": {"torch_xla"},
+    "starting.cargo": {"cloudpickle"},
+    "checkpoint.objects": {"fsspec"},
+    "environments.mpi": {"mpi4py"},
+}
 
 # The files that name a library which belongs to them alone.
 OWNED = {"optree": {"tree"}}

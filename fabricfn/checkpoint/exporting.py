@@ -3,14 +3,13 @@
 The bytes go from the pieces, checked, through one buffer into the new files: no tensor is ever whole in memory.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from fabricfn.checkpoint.arrays import bytes_of
 from fabricfn.checkpoint.boxes import Box, whole
 from fabricfn.checkpoint.commit import make_folders
 from fabricfn.checkpoint.manifest import ARRAYS, DTYPES, EXPORTED, Leaf, Manifest, Node, array_bytes, path_text
-from fabricfn.checkpoint.opening import READ, Source, local_path, opened
+from fabricfn.checkpoint.objects import local_path
+from fabricfn.checkpoint.opening import opened, unfinished
 from fabricfn.checkpoint.outline import Only, Path as Keys, listing, nothing_selected, prune
+from fabricfn.checkpoint.pieces import Source
 from fabricfn.checkpoint.placements import Part
 from fabricfn.checkpoint.reading import read_parts, torch_dtype
 from fabricfn.checkpoint.writing import sync_folder, write_file
@@ -56,6 +57,7 @@ def consolidate(
     *,
     only: Only = None,
     max_shard_size: int = SHARD_SIZE,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Path, ...]:
     """Write the model of a checkpoint for other tools: safetensors files in Hugging Face's layout.
 
@@ -66,13 +68,14 @@ def consolidate(
     beside them (`config.save_pretrained(target)`). Not collective: one process calls it, of a run or of none.
 
     Args:
-        path: the folder that `save` made, by whatever strategy and number of ranks.
+        path: the folder that `save` made, or its URL, by whatever strategy and number of ranks.
         target: a folder, made if it is missing. An older export there is replaced; other files stay as they are.
         only: which entries, by path ("model", "ema/params/*"). By default the `Model`s of the tree. Parameters and
             buffers of one Model bear their own names; of several, the path before them ("student.0.weight"). Where no
             Model is selected, tensors bear the path below what they have in common.
         max_shard_size: bytes. Where all tensors fit, there is one file, `model.safetensors`; otherwise files of at most
             this size and `model.safetensors.index.json`. A larger tensor has a file of its own.
+        storage_options: arguments of fsspec's file system for a URL.
 
     Returns:
         The files, in order; on any rank the same.
@@ -94,24 +97,10 @@ def consolidate(
     place = local_path(target)
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{place} is a file; an export is a folder. Name a folder.")
-    with opened(path) as source:
+    with opened(path, options=storage_options) as source:
         shards = sharded(chosen(source.manifest, only, str(source.path)), max_shard_size)
         make_folders(place)
         return export(source, place, shards)
-
-
-@contextlib.contextmanager
-def unfinished(folder: Path, manifest: Manifest) -> Generator[Source]:
-    """A checkpoint whose data files are written and whose manifest is not yet."""
-    with contextlib.ExitStack() as stack:
-        fds: list[int] = []
-        origins: list[int] = []
-        for number, (name, size) in enumerate(manifest.files):
-            fds.append(os.open(folder / name, READ))
-            stack.callback(os.close, fds[-1])
-            pieces = [piece for leaf in manifest.leaves for piece in leaf.pieces if piece.file == number]
-            origins.append(size - sum(piece.size for piece in pieces))
-        yield Source(path=folder, manifest=manifest, size=0, fds=tuple(fds), origins=tuple(origins))
 
 
 def export_beside(folder: Path, manifest: Manifest) -> int:

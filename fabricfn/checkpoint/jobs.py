@@ -8,7 +8,7 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.arrays import chunks
 from fabricfn.checkpoint.custom import CheckpointType
 from fabricfn.checkpoint.differences import digest, raise_mismatch
-from fabricfn.checkpoint.manifest import DATA, Leaf, Manifest, Node, Piece, array_bytes
+from fabricfn.checkpoint.manifest import Leaf, Manifest, Node, Piece, array_bytes
 from fabricfn.checkpoint.outline import Only
+from fabricfn.checkpoint.places import Store
 from fabricfn.checkpoint.progress import Progress, meter, told
 from fabricfn.checkpoint.riding import stated
 from fabricfn.checkpoint.sharing import (
@@ -31,7 +32,7 @@ from fabricfn.checkpoint.sharing import (
     shares,
     to_plain,
 )
-from fabricfn.checkpoint.stores import Store, store_at
+from fabricfn.checkpoint.stores import store_at
 from fabricfn.checkpoint.writing import Entry, header
 from fabricfn.errors import ConfigurationError
 from fabricfn.runtimes import Runtime
@@ -42,8 +43,8 @@ from fabricfn.world import World
 class Receipt:
     """What a save did. The same on all ranks."""
 
-    path: Path
-    """The folder that is the checkpoint."""
+    path: Path | str
+    """The folder that is the checkpoint; a string for a URL."""
     save_id: str
     """32 hexadecimal digits that no other save has."""
     bytes: int
@@ -87,6 +88,7 @@ def planned(
     only: Only,
     types: Sequence[CheckpointType] = (),
     export: str | None = None,
+    options: Mapping[str, Any] | None = None,
     earlier: BaseException | None = None,
 ) -> Job:
     """What `save` shall do; rank 0 has a place for it. Collective; see `save` for the arguments and errors.
@@ -97,13 +99,18 @@ def planned(
     world, what = rt.world, f"ff.save to {os.fspath(path)}"
     if earlier is not None:
         together(world, what, lambda: _raise(earlier))
-    store = store_at(path)
+    store = store_at(path, options)
     undo = contextlib.ExitStack()
     plan = stated(world, what, tree, only, types)
 
     def prepare() -> tuple[Draft, tuple[str, str, Any]]:
         if export not in (None, "hf"):
             raise ConfigurationError(f"export={export!r} is not known. Write export='hf', or leave it out.")
+        if export is not None and isinstance(store.path, str):
+            raise ConfigurationError(
+                f"{store.path} is a URL, and an export is written to a disk. Leave export out, and call"
+                " ff.consolidate(url, folder) afterwards."
+            )
         draft = drafted(plan, world.device.type != "cpu")
         save_id = secrets.token_hex(16)
         if world.rank == 0:
@@ -194,10 +201,6 @@ Written = tuple[int, Sequence[Sequence[int]], float, float]
 """The size of a rank's data file, the checksums of its pieces, how long it took, how long the caller was held up."""
 
 
-def _file(rank: int) -> str:
-    return f"{DATA}/r{rank:05d}-000.safetensors"
-
-
 def _pieces(job: Job, rank: int) -> list[Piece]:
     """What lies in the data file of a rank, one piece for each of its chores."""
     start = 0
@@ -219,11 +222,17 @@ def _write(world: World, job: Job, progress: Progress) -> tuple[int, list[tuple[
         (f"{chore.leaf}.{chore.number}", job.leaves[chore.leaf], piece)
         for chore, piece in zip(chores, pieces, strict=True)
     ]
-    parts = (iter(()) if array is None else chunks(array) for array in job.arrays)
-    if progress:
-        tell = meter(progress, job.what, sum(piece.size for piece in pieces))
-        parts = (told(part, tell) for part in parts)
-    return job.store.write(job.save_id, _file(world.rank), header(job.save_id, entries), parts)
+    total = sum(piece.size for piece in pieces)
+
+    def parts() -> Iterable[Iterable[memoryview]]:  # a store may ask for them again
+        found = (iter(()) if array is None else chunks(array) for array in job.arrays)
+        if not progress:
+            return found
+        tell = meter(progress, job.what, total)
+        return (told(part, tell) for part in found)
+
+    name = job.store.file_name(job.save_id, world.rank)
+    return job.store.write(job.save_id, name, header(job.save_id, entries), total, parts)
 
 
 def _manifest(world: World, job: Job, written: Sequence[Written]) -> Manifest:
@@ -234,7 +243,7 @@ def _manifest(world: World, job: Job, written: Sequence[Written]) -> Manifest:
             continue
         for chore, piece, crcs in zip(job.chores[rank], _pieces(job, rank), checksums, strict=True):
             pieces[chore.leaf][chore.number] = dataclasses.replace(piece, file=len(files), crc32=tuple(crcs))
-        files.append((_file(rank), size))
+        files.append((job.store.file_name(job.save_id, rank), size))
     return Manifest(
         save_id=job.save_id,
         created=time.time(),

@@ -1,16 +1,19 @@
 """What is there: the checkpoints of a folder, the newest whole one, and what one contains. Imports no torch."""
 
-import contextlib
 import dataclasses
 import os
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fabricfn.checkpoint.manifest import ARRAYS, MANIFEST, array_bytes, path_text, paths_of, plain_value
-from fabricfn.checkpoint.opening import ASIDE, PieceReader, local_path, opened
+from fabricfn.checkpoint.manifest import ARRAYS, Piece, array_bytes, path_text, paths_of, plain_value
+from fabricfn.checkpoint.objects import Options, at_once
+from fabricfn.checkpoint.opening import opened
+from fabricfn.checkpoint.pieces import PieceReader
+from fabricfn.checkpoint.shelves import Shelf, in_order, shelf_at
 from fabricfn.errors import CheckpointError
 
 
@@ -40,7 +43,8 @@ class Entry:
 class Summary:
     """What a checkpoint contains. `print` shows it as a table."""
 
-    path: Path
+    path: Path | str
+    """A string for a URL."""
     save_id: str
     """32 hexadecimal digits that no other save has."""
     created: datetime
@@ -59,11 +63,12 @@ class Summary:
         return "\n".join([f"{head} UTC {by}", *(f"  {entry}" for entry in self.entries)])
 
 
-def inspect_checkpoint(path: str | os.PathLike[str]) -> Summary:
+def inspect_checkpoint(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Summary:
     """What a checkpoint contains, from its manifest; its arrays are not read. Not collective, imports no torch.
 
     Args:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder, or its URL.
+        storage_options: arguments of fsspec's file system for a URL.
 
     Returns:
         A `Summary`: when and by how many ranks it was saved, its size in bytes, and an `Entry` for each leaf; `print`
@@ -82,7 +87,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Summary:
         w: float32[2]
         epoch = 3
     """
-    with opened(path) as source:
+    with opened(path, options=storage_options) as source:
         manifest = source.manifest
         entries: list[Entry] = []
         for index, place in paths_of(manifest.tree).items():
@@ -110,11 +115,14 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Summary:
         )
 
 
-def verify_checkpoint(path: str | os.PathLike[str]) -> Summary:
-    """Read every byte of a checkpoint and check it. Not collective, imports no torch, needs 4 MiB of memory.
+def verify_checkpoint(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Summary:
+    """Read every byte of a checkpoint and check it. Not collective, imports no torch.
+
+    It needs 4 MiB of memory; at a URL, where it waits for 16 requests at once, up to 256 MiB.
 
     Args:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder, or its URL.
+        storage_options: arguments of fsspec's file system for a URL.
 
     Returns:
         What it contains, as `inspect_checkpoint` does.
@@ -130,54 +138,50 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Summary:
         >>> len(summary.entries), summary.world_size
         (2, 1)
     """
-    summary = inspect_checkpoint(path)
-    with opened(path) as source:
-        problems: list[str] = []
-        for index, place in paths_of(source.manifest.tree).items():
-            for piece in source.manifest.leaves[index].pieces:
-                try:
-                    PieceReader(source, piece, path_text(place)).check()
-                except CheckpointError as error:
-                    problems.append(str(error))
+    summary = inspect_checkpoint(path, storage_options=storage_options)
+    with opened(path, options=storage_options) as source:
+        pieces = [
+            (piece, path_text(place))
+            for index, place in paths_of(source.manifest.tree).items()
+            for piece in source.manifest.leaves[index].pieces
+        ]
+
+        def check(item: tuple[Piece, str]) -> str | None:
+            try:
+                PieceReader(source, *item).check()
+            except CheckpointError as error:
+                return str(error)
+            return None
+
+        found = at_once(check, pieces) if source.remote else list(map(check, pieces))
+    problems = [problem for problem in found if problem is not None]
     if problems:
         raise CheckpointError("\n".join(problems[:20]))
     return summary
 
 
-def _order(path: Path) -> tuple[list[int], float]:
-    """The numbers in a name, left to right, then the time of the commit."""
-    numbers = [int(digits) for digits in re.findall(r"\d{1,4000}", path.name)]
-    with contextlib.suppress(OSError):
-        return numbers, (path / MANIFEST).stat().st_mtime
-    return numbers, 0.0
+def _candidates(shelf: Shelf) -> Sequence[str]:
+    """The names of what may be a checkpoint, oldest first: by the numbers in a name, left to right, then by time."""
+    return in_order(shelf, lambda name: [int(digits) for digits in re.findall(r"\d{1,4000}", name)])
 
 
-def _candidates(folder: str | os.PathLike[str]) -> list[Path]:
-    """The sub-folders that may be checkpoints, oldest first; one that a killed save had put aside, by its true name."""
-    place = local_path(folder)
-    if not place.is_dir():
-        return []
-    found: set[Path] = set()
-    for entry in place.iterdir():
-        aside = ASIDE.fullmatch(entry.name)
-        if aside is not None:
-            found.add(place / aside[1])
-        elif entry.name[0] != "." and entry.is_dir():
-            found.add(entry)
-    return sorted(found, key=_order)
-
-
-def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+def list_checkpoints(
+    folder: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+) -> list[Path | str]:
     """The whole checkpoints in a folder, oldest first: by the numbers in their names, then by time.
 
     Manifests, file sizes and file headers are checked, the arrays are not read (`verify_checkpoint` does). A folder
     that does not exist has none. Not collective, imports no torch.
 
     Args:
-        folder: the folder that holds checkpoints.
+        folder: the folder that holds checkpoints, or its URL.
+        storage_options: arguments of fsspec's file system for a URL.
 
     Returns:
-        Their paths; on every rank what that rank sees on its own disk.
+        Their paths, strings for URLs; on every rank what that rank sees on its own disk.
+
+    Raises:
+        CheckpointError: the store of a URL does not answer.
 
     Example:
         >>> import tempfile, torch, fabricfn as ff
@@ -187,22 +191,26 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
         ...     [path.name for path in ff.list_checkpoints(folder)]
         ['step-2', 'step-10']
     """
-    return [path for path in _candidates(folder) if _trouble(path) is None]
+    shelf = shelf_at(folder, storage_options)
+    places = map(shelf.place, _candidates(shelf))
+    return [place for place in places if _trouble(place, storage_options) is None]
 
 
-def latest(folder: str | os.PathLike[str]) -> Path | None:
+def latest(folder: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Path | str | None:
     """The newest whole checkpoint in a folder, by the numbers in its name, then by time. Not collective.
 
     A newer one that is unfinished or damaged is passed over with a warning that says why.
 
     Args:
-        folder: the folder that holds checkpoints; of a folder that is one itself, take the parent.
+        folder: the folder that holds checkpoints, or its URL; of a folder that is one itself, take the parent.
+        storage_options: arguments of fsspec's file system for a URL.
 
     Raises:
-        CheckpointError: the folder is a checkpoint itself.
+        CheckpointError: the folder is a checkpoint itself, or the store of a URL does not answer.
 
     Returns:
-        Its path, or None when there is none: `if path := ff.latest(folder): state = ff.load(rt, path, state)`.
+        Its path, a string for a URL, or None when there is none:
+        `if path := ff.latest(folder): state = ff.load(rt, path, state)`.
 
     Example:
         >>> import tempfile, torch, fabricfn as ff
@@ -212,28 +220,30 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
         ...     ff.latest(folder).name
         'step-10'
     """
-    if (Path(folder) / MANIFEST).exists():
+    shelf = shelf_at(folder, storage_options)
+    if shelf.is_checkpoint():
         raise CheckpointError(
             f"{os.fspath(folder)} is a checkpoint itself: pass it to ff.load, or the folder that holds it to ff.latest."
         )
     passed: list[str] = []
-    for path in reversed(_candidates(folder)):
-        trouble = _trouble(path)
+    for name in reversed(_candidates(shelf)):
+        place = shelf.place(name)
+        trouble = _trouble(place, storage_options)
         if trouble is None:
             if passed:
-                warnings.warn(f"ff.latest falls back to {path}. {' '.join(passed)}", stacklevel=2)
-            return path
-        if (path / MANIFEST).exists() or (path / "data").exists():
+                warnings.warn(f"ff.latest falls back to {place}. {' '.join(passed)}", stacklevel=2)
+            return place
+        if shelf.begun(name):
             passed.append(trouble)
     if passed:
         warnings.warn(f"ff.latest finds no whole checkpoint in {os.fspath(folder)}. {' '.join(passed)}", stacklevel=2)
     return None
 
 
-def _trouble(path: Path) -> str | None:
+def _trouble(place: Path | str, options: Options) -> str | None:
     """Why a folder is no whole checkpoint; None when it is one."""
     try:
-        with opened(path, say=False):
+        with opened(place, say=False, options=options):
             return None
     except CheckpointError as error:
         return str(error)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,9 +12,11 @@ from fabricfn.checkpoint.adapters import Types
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.arrays import identity
 from fabricfn.checkpoint.custom import CheckpointType, types_of
+from fabricfn.checkpoint.downloading import TURNS, Replaced
 from fabricfn.checkpoint.fitting import Terms, fit
 from fabricfn.checkpoint.manifest import ARRAYS, Leaf, Node, path_text, plain_value
-from fabricfn.checkpoint.opening import Source, opened
+from fabricfn.checkpoint.objects import REQUESTS
+from fabricfn.checkpoint.opening import opened
 from fabricfn.checkpoint.outline import (
     Only,
     Path,
@@ -25,6 +27,7 @@ from fabricfn.checkpoint.outline import (
     prune,
     selector,
 )
+from fabricfn.checkpoint.pieces import Source
 from fabricfn.checkpoint.plans import Fit, Want, built
 from fabricfn.checkpoint.progress import Progress, Tell, meter
 from fabricfn.checkpoint.reading import needed_bytes, read_leaf
@@ -63,6 +66,7 @@ def load(
     remainder: bool = False,
     donate: bool = False,
     progress: Progress = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Read a checkpoint, whatever strategy and world size wrote it.
 
@@ -72,7 +76,7 @@ def load(
     Args:
         rt: the runtime. Collective: every rank calls it, and every rank gets the whole tree; of a leaf that is a
             DTensor in `like`, its own part, and only the bytes of that are read.
-        path: the folder that `save` made; `latest(folder)` finds the newest.
+        path: the folder that `save` made, or its URL; `latest(folder)` finds the newest.
         like: the template: a tree of the same structure, which decides the classes and devices. It is left alone.
             Where it has None, and without it, plain dicts, lists and tuples come back, tensors on `rt.device`.
             Tensors on the meta device stand for tensors on `rt.device`. A DTensor fits a tensor of its global shape,
@@ -91,6 +95,7 @@ def load(
             their values are lost.
         progress: called with (bytes done, bytes in all) of what rank 0 reads on rank 0, every 0.1 s at most and at the
             end, an array at a time; what it raises fails the load. True prints a line to stderr every 3 s.
+        storage_options: arguments of fsspec's file system for a URL.
 
     Returns:
         The tree; a `Loaded` when `remainder` or not `strict`. Tensors own their memory.
@@ -110,21 +115,43 @@ def load(
     """
     what, where = f"ff.load of {os.fspath(path)}", caller() if donate else None
     wrap = remainder or not strict
-    with contextlib.ExitStack() as stack:
 
-        def plan() -> tuple[tuple[Source, Fit], tuple[str, list[str]]]:
-            adapters = types_of(types)
-            source = stack.enter_context(opened(path))
-            manifest = source.manifest
-            tree = _part(renamed(manifest.tree, rename), like, only, adapters)
-            terms = Terms(world=rt.world, only=only, types=adapters, exact=strict, extras=wrap, where=where)
-            found = _accepted(fit(manifest, tree, like, terms), source)
-            return (source, found), (manifest.save_id, [path_text(at) for at, _, _ in found.states])
+    def once(last: bool) -> tuple[bool, Any, States]:
+        """False when, at a URL, another checkpoint took the place meanwhile, on any rank."""
+        with contextlib.ExitStack() as stack:
 
-        (source, found), answers = together(rt.world, what, plan)
-        _check_alike(rt, what, answers)
-        tells = functools.partial(meter, progress if rt.rank == 0 else None, what)
-        tree, states = together(rt.world, what, lambda: (_read(rt, source, found, where, wrap, tells), None))[0]
+            def plan() -> tuple[tuple[Source, Fit], tuple[str, list[str]]]:
+                adapters = types_of(types)
+                source = stack.enter_context(opened(path, options=storage_options))
+                manifest = source.manifest
+                tree = _part(renamed(manifest.tree, rename), like, only, adapters)
+                terms = Terms(world=rt.world, only=only, types=adapters, exact=strict, extras=wrap, where=where)
+                found = _accepted(fit(manifest, tree, like, terms), source)
+                return (source, found), (manifest.save_id, [path_text(at) for at, _, _ in found.states])
+
+            (source, found), answers = together(rt.world, what, plan)
+            again = source.remote and not last
+            if again and len({save_id for save_id, _ in answers}) > 1:
+                return False, None, []
+            _check_alike(rt, what, answers)
+            tells = functools.partial(meter, progress if rt.rank == 0 else None, what)
+
+            def read() -> tuple[tuple[Any, States], bool]:
+                try:
+                    return _read(rt, source, found, where, wrap, tells), True
+                except Replaced:
+                    if not again:
+                        raise
+                    return (None, []), False
+
+            (tree, states), read_by = together(rt.world, what, read)
+            return all(read_by), tree, states
+
+    whole, tree, states = once(last=donate)  # a second turn would find the template given away
+    for turn in range(TURNS):
+        if whole:
+            break
+        whole, tree, states = once(last=turn == TURNS - 1)
     if states:
         together(rt.world, what, lambda: (put_back(states), None))
     return tree
@@ -211,10 +238,10 @@ def _values(
         tell(sizes[key])
         return key, value
 
-    if sum(sizes.values()) < FEW_BYTES:
+    if sum(sizes.values()) < FEW_BYTES and not source.remote:
         found = dict(map(read, first.items()))
     else:
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(REQUESTS if source.remote else READERS) as pool:
             found = dict(pool.map(read, first.items()))
     pairs = zip(keys, wants, strict=True)
     return [plain_value(leaves[want.leaf]) if key is None else found[key] for key, want in pairs]

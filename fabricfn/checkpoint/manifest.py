@@ -25,7 +25,8 @@ BLOCK = 4 << 20
 """Bytes under one checksum."""
 MANIFEST_LIMIT = 64 << 20
 DEPTH_LIMIT = 100
-FILE_NAME = re.compile(r"data/r\d{5}-\d{3}\.safetensors")
+FILE_NAME = re.compile(r"data/(?:[0-9a-f]{32}-)?r\d{5}-\d{3}\.safetensors")
+"""The save id in front is that of object stores, where the files of two saves stand side by side for a moment."""
 EXPORTED = re.compile(r"model(?:-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json")
 """The names of an export's files, which may stand beside the manifest: see `exporting`."""
 TRAILER = re.compile(rb',\n"sha256":"([0-9a-f]{64})"}\n')

@@ -1,32 +1,24 @@
-"""Opening a checkpoint and reading parts of it by position, every block checked. No torch.
+"""Opening a checkpoint in a folder, or (by `downloading`) at a URL. No torch.
 
 safetensors' own reader maps the file into memory, where a truncation kills the process. Since the header of a data file
 follows from the manifest, it is compared, never parsed.
 """
 
 import contextlib
-import dataclasses
 import errno
 import os
 import re
 import stat
 import warnings
-import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-from fabricfn.checkpoint.manifest import (
-    BLOCK,
-    DATA,
-    MANIFEST,
-    MANIFEST_LIMIT,
-    Manifest,
-    Piece,
-    path_text,
-    paths_of,
-)
+from fabricfn.checkpoint.downloading import inside, open_url
+from fabricfn.checkpoint.manifest import DATA, MANIFEST, MANIFEST_LIMIT, Manifest
+from fabricfn.checkpoint.objects import Options, local_path, url_of
+from fabricfn.checkpoint.pieces import Source
 from fabricfn.checkpoint.validation import from_bytes
-from fabricfn.checkpoint.writing import Entry, entries_of, header
+from fabricfn.checkpoint.writing import entries_of, header
 from fabricfn.errors import CheckpointError
 
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -36,32 +28,22 @@ ASIDE = re.compile(r"\.old-(.+)-[0-9a-f]{32}", re.DOTALL)
 """The name under which a replaced checkpoint stands for a moment, its true name inside (see `commit.put_in_place`)."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """An open checkpoint. It stays readable when another one takes its place."""
-
-    path: Path
-    """Where it was found."""
-    manifest: Manifest
-    size: int
-    """The bytes of all its files."""
-    fds: tuple[int, ...]
-    """One descriptor for each data file."""
-    origins: tuple[int, ...]
-    """Where the data section of each data file begins."""
-
-
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], say: bool = True) -> Generator[Source]:
+def opened(path: str | os.PathLike[str], say: bool = True, options: Options = None) -> Generator[Source]:
     """The checkpoint at `path`, whose manifest, file sizes and file headers were checked.
 
     Args:
-        path: the folder.
+        path: the folder, or a URL.
         say: warn when the folder is the one that a killed save had put aside.
+        options: of the file system of a URL.
 
     Raises:
         CheckpointError: there is none, or it is not whole; the message names the file.
     """
+    url = url_of(path)
+    if url is not None:
+        yield open_url(url, options)
+        return
     wanted = local_path(path)
     with contextlib.ExitStack() as stack:
         while True:
@@ -79,14 +61,20 @@ def opened(path: str | os.PathLike[str], say: bool = True) -> Generator[Source]:
         yield source
 
 
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """The absolute path, links resolved; URLs are refused."""
-    text = os.fspath(path)
-    if "://" in text:
-        raise CheckpointError(
-            f"{text!r} is a URL; checkpoints are folders of a file system that all ranks see. Write a path."
+@contextlib.contextmanager
+def unfinished(folder: Path, manifest: Manifest) -> Generator[Source]:
+    """A checkpoint whose data files are written and whose manifest is not yet."""
+    with contextlib.ExitStack() as stack:
+        fds: list[int] = []
+        origins: list[int] = []
+        for number, (name, size) in enumerate(manifest.files):
+            fds.append(os.open(folder / name, READ))
+            stack.callback(os.close, fds[-1])
+            pieces = [piece for leaf in manifest.leaves for piece in leaf.pieces if piece.file == number]
+            origins.append(size - sum(piece.size for piece in pieces))
+        yield Source(
+            path=folder, manifest=manifest, size=0, origins=tuple(origins), read=reader(tuple(fds)), remote=False
         )
-    return Path(os.path.realpath(text))
 
 
 def standing(place: Path, say: bool) -> Path:
@@ -139,7 +127,7 @@ def _open(place: Path, stack: contextlib.ExitStack) -> Source:
         try:
             fd, found = _file(name.removeprefix(DATA + "/"), stack, within, f"{place / name}")
         except FileNotFoundError as error:
-            raise FileNotFoundError(error.errno, _inside(manifest, name, entries)) from None
+            raise FileNotFoundError(error.errno, inside(manifest, name, entries)) from None
         expected = header(manifest.save_id, entries)
         end = entries[-1][2].start + entries[-1][2].size if entries else 0
         if found != size:
@@ -158,7 +146,19 @@ def _open(place: Path, stack: contextlib.ExitStack) -> Source:
         fds.append(fd)
         origins.append(len(expected))
     total = manifest_size + sum(size for _, size in manifest.files)
-    return Source(path=place, manifest=manifest, size=total, fds=tuple(fds), origins=tuple(origins))
+    return Source(path=place, manifest=manifest, size=total, origins=tuple(origins), read=reader(fds), remote=False)
+
+
+def reader(fds: Sequence[int]) -> Callable[[int, int, memoryview], int]:
+    """`Source.read` of open files."""
+
+    def read(file: int, begin: int, into: memoryview) -> int:
+        filled = 0
+        while filled < into.nbytes and (count := os.preadv(fds[file], [into[filled:]], begin + filled)):
+            filled += count
+        return filled
+
+    return read
 
 
 def _inode(place: Path) -> int | None:
@@ -166,13 +166,6 @@ def _inode(place: Path) -> int | None:
         return os.stat(place).st_ino
     except FileNotFoundError:
         return None
-
-
-def _inside(manifest: Manifest, name: str, entries: Sequence[Entry]) -> str:
-    """What was in a data file that is missing."""
-    paths = paths_of(manifest.tree)
-    places = [path_text(paths[int(key.partition(".")[0])]) for key, _, _ in entries]
-    return f"{name} with {', '.join(places[:4]) or 'nothing'}{', ...' if len(places) > 4 else ''}"
 
 
 def _missing(place: Path, gone: FileNotFoundError) -> CheckpointError:
@@ -200,56 +193,3 @@ def read_at(fd: int, size: int, start: int) -> bytes:
         found.append(part)
         size, start = size - len(part), start + len(part)
     return b"".join(found)
-
-
-class PieceReader:
-    """Reads a piece by position and checks every block it touches; one block that was wanted in part is kept."""
-
-    def __init__(self, source: Source, piece: Piece, what: str) -> None:
-        self.source, self.piece = source, piece
-        self.what = what
-        """The leaf's path, for the message."""
-        self.fd, self.origin = source.fds[piece.file], source.origins[piece.file] + piece.start
-        self.scratch = memoryview(b"")
-        self.held = -1
-
-    def read(self, begin: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of the piece from `begin`; blocks that are wanted whole go straight there."""
-        end = begin + into.nbytes
-        for number in range(begin // BLOCK, -(-end // BLOCK)):
-            at = number * BLOCK
-            stop = min(at + BLOCK, self.piece.size)
-            if begin <= at and stop <= end:
-                self._fill(number, into[at - begin : stop - begin])
-                continue
-            low, high = max(at, begin), min(stop, end)
-            into[low - begin : high - begin] = self._block(number)[low - at : high - at]
-
-    def check(self) -> None:
-        """Read and check the whole piece."""
-        for number in range(len(self.piece.crc32)):
-            self._block(number)
-
-    def _block(self, number: int) -> memoryview:
-        """A block in the buffer."""
-        if not self.scratch.nbytes:
-            self.scratch = memoryview(bytearray(min(BLOCK, self.piece.size)))
-        block = self.scratch[: min(BLOCK, self.piece.size - number * BLOCK)]
-        if number != self.held:
-            self.held = -1
-            self._fill(number, block)
-            self.held = number
-        return block
-
-    def _fill(self, number: int, block: memoryview) -> None:
-        begin, filled = self.origin + number * BLOCK, 0
-        while filled < block.nbytes and (count := os.preadv(self.fd, [block[filled:]], begin + filled)):
-            filled += count
-        if filled == block.nbytes and zlib.crc32(block) == self.piece.crc32[number]:
-            return
-        name = self.source.manifest.files[self.piece.file][0]
-        raise CheckpointError(
-            f"{self.source.path / name} is damaged: the checksum of block {number} of {self.what!r} (bytes {begin:,} to"
-            f" {begin + block.nbytes:,}) is wrong. Load another checkpoint: ff.latest(folder) finds the newest whole"
-            " one, ff.verify_checkpoint(path) reads one completely."
-        )

@@ -10,7 +10,7 @@ import torch
 from fabricfn.checkpoint.arrays import bytes_of
 from fabricfn.checkpoint.boxes import Box, common, within
 from fabricfn.checkpoint.manifest import BLOCK, Leaf
-from fabricfn.checkpoint.opening import PieceReader, Source
+from fabricfn.checkpoint.pieces import PieceReader, Source
 from fabricfn.checkpoint.placements import Part, local_tensor, narrowed, parts_of
 from fabricfn.errors import CheckpointError
 from fabricfn.leases import bump
@@ -105,8 +105,8 @@ def read_parts(source: Source, leaf: Leaf, into: torch.Tensor, parts: Sequence[P
 class ReadsBytes(Protocol):
     """Bytes by position: a piece of a checkpoint, or a stretch of another tool's file."""
 
-    def read(self, begin: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `begin`."""
+    def read(self, begin: int, into: memoryview, reach: int = 0) -> None:
+        """Fill `into` with the bytes from `begin`; the caller will go on reading up to `reach`."""
         ...
 
 
@@ -128,6 +128,6 @@ def read_box(reader: ReadsBytes, shape: tuple[int, ...], box: Box, into: torch.T
         rows = torch.empty((step, *shape[1:]), dtype=into.dtype, device="cpu")
         for number in range(0, box.shape[0], step):
             some = rows[: box.shape[0] - number]
-            reader.read(begin + number * row, bytes_of(some))
+            reader.read(begin + number * row, bytes_of(some), reach=begin + box.shape[0] * row)
             wanted = Box((0, *box.offset[1:]), (len(some), *box.shape[1:]))
             into[number : number + step].copy_(narrowed(some, wanted))

@@ -15,7 +15,8 @@ from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.commit import check_target
 from fabricfn.checkpoint.listing import list_checkpoints
 from fabricfn.checkpoint.manifest import ARRAYS, MANIFEST, Manifest, path_text, paths_of, plain_value
-from fabricfn.checkpoint.opening import ASIDE, local_path, opened, standing
+from fabricfn.checkpoint.objects import local_path
+from fabricfn.checkpoint.opening import ASIDE, opened, standing
 from fabricfn.checkpoint.writing import sync_folder
 from fabricfn.errors import CheckpointError, ConfigurationError, MismatchError
 from fabricfn.runtimes import Runtime
@@ -171,7 +172,7 @@ def _standing(folder: Path) -> list[_Standing]:
     links = [entry for entry in folder.iterdir() if entry.is_symlink()]
     spared = {*links, *(link.resolve() for link in links)}
     found: list[_Standing] = []
-    for path in list_checkpoints(folder):
+    for path in map(Path, list_checkpoints(folder)):
         if path not in spared and _step(path) is not None:
             with contextlib.suppress(CheckpointError), opened(path, say=False) as source:  # else it is gone meanwhile
                 found.append(_Standing(path=path, manifest=source.manifest))

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -24,8 +24,8 @@ class Saving:
     It belongs to the process that began it, and may be dropped: the save goes on, and its error is raised elsewhere.
     """
 
-    path: Path
-    """The folder that will be the checkpoint."""
+    path: Path | str
+    """The folder, or the URL, that will be the checkpoint."""
     errand: errands.Errand = dataclasses.field(repr=False)
 
     def wait(self) -> Receipt:
@@ -54,6 +54,7 @@ def save(
     types: Sequence[CheckpointType] = (),
     blocking: Literal[True] = True,
     progress: Progress = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Receipt: ...
 @overload
 def save(
@@ -66,6 +67,7 @@ def save(
     types: Sequence[CheckpointType] = (),
     blocking: Literal[False],
     progress: Progress = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Saving: ...
 @overload
 def save(
@@ -78,6 +80,7 @@ def save(
     types: Sequence[CheckpointType] = (),
     blocking: bool,
     progress: Progress = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Receipt | Saving: ...
 def save(
     rt: Runtime,
@@ -89,6 +92,7 @@ def save(
     types: Sequence[CheckpointType] = (),
     blocking: bool = True,
     progress: Progress = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Receipt | Saving:
     """Write a tree as a checkpoint, so that a crash at any instant leaves the old one or the new one.
 
@@ -99,7 +103,8 @@ def save(
     Args:
         rt: the runtime. Collective: every rank calls it.
         path: the folder that shall be the checkpoint, of whatever name; missing parents are made. A checkpoint that
-            stands there is replaced in one step; a folder with anything else is refused.
+            stands there is replaced in one step; a folder with anything else is refused. Or a URL that fsspec knows
+            ("s3://bucket/run/last").
         tree: dicts, lists, tuples, named tuples, dataclasses, `Model`, `Optimizer`, `Grads`, `Cursor`, `Key`; torch
             tensors of any dtype and device, numpy arrays; numbers, strings, bytes, None. Keys are strings or integers.
             All ranks hold the same tree; its tensors are written once, by the ranks together. Of a DTensor each rank
@@ -110,7 +115,7 @@ def save(
             path); everything by default.
         export: "hf" puts the `Model`s of the tree beside the manifest once more, as `consolidate` writes them, for
             safetensors and transformers. Rank 0 does it, a block at a time, before the checkpoint appears; `load` and
-            `verify_checkpoint` do not look at these files.
+            `verify_checkpoint` do not look at these files. Not at a URL.
         types: `CheckpointType` of classes of your own in the tree.
         blocking: False returns once this rank's share is copied into host memory; a thread writes it, with a process
             group of its own. One save is in flight in a world: the next one, blocking or not, first waits for it. The
@@ -120,6 +125,7 @@ def save(
         progress: called with (bytes done, bytes in all) of rank 0's share on rank 0, every 0.1 s at most and at the
             end, on the writing thread when not blocking; what it raises fails the save. True prints a line to stderr
             every 3 s.
+        storage_options: arguments of fsspec's file system for a URL.
 
     Returns:
         A `Receipt`, the same on every rank. A `Saving` when not blocking: its `wait()` returns the receipt.
@@ -143,7 +149,7 @@ def save(
     error, buffer = errands.settled(rt.world)
     if error is not None:
         error.add_note(f"(of an earlier save, which nobody waited for; the save to {os.fspath(path)} was not begun)")
-    job = planned(rt, path, tree, only, types, export, error)
+    job = planned(rt, path, tree, only, types, export, storage_options, error)
     if blocking:
         return carried_out(rt.world, job, began, progress=progress)
     return _beside(rt, job, began, progress, buffer)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -56,27 +56,53 @@ def write_file(path: str, head: bytes, parts: Iterable[Iterable[memoryview]]) ->
         its size, and for each part the crc32 of each BLOCK bytes.
     """
     fd = os.open(path, CREATE, 0o666)
-    with open(fd, "wb", buffering=SMALL) as file, ThreadPoolExecutor(1) as helper:
-        file.write(head)
-        checksums = [_write_part(file, helper, part) for part in parts]
+    with open(fd, "wb", buffering=SMALL) as file:
+        checksums = put_parts(file.write, lambda block: _write_block(file, block), head, parts)
         file.flush()
         os.fsync(fd)
         return os.fstat(fd).st_size, checksums
 
 
-def _write_part(file: BinaryIO, helper: ThreadPoolExecutor, chunks: Iterable[memoryview]) -> tuple[int, ...]:
+def put_parts(
+    put: Callable[[memoryview | bytes], Any],
+    put_large: Callable[[memoryview], Any],
+    head: bytes,
+    parts: Iterable[Iterable[memoryview]],
+) -> list[tuple[int, ...]]:
+    """Hand out a header and parts, and compute checksums beside the writing.
+
+    Args:
+        put: writes bytes behind those before.
+        put_large: as `put`, for more than SMALL bytes.
+        head: comes first.
+        parts: each given in chunks.
+
+    Returns:
+        for each part the crc32 of each BLOCK bytes.
+    """
+    with ThreadPoolExecutor(1) as helper:
+        put(head)
+        return [_put_part(put, put_large, helper, part) for part in parts]
+
+
+def _put_part(
+    put: Callable[[memoryview | bytes], Any],
+    put_large: Callable[[memoryview], Any],
+    helper: ThreadPoolExecutor,
+    chunks: Iterable[memoryview],
+) -> tuple[int, ...]:
     found: list[int] = []
     crc, room = 0, BLOCK
     for chunk in chunks:
         for begin in _cuts(room, chunk.nbytes):
             block = chunk[begin : begin + room]
             if block.nbytes > SMALL:
-                writing = helper.submit(_write_block, file, block)
+                writing = helper.submit(put_large, block)
                 crc = zlib.crc32(block, crc)
                 writing.result()
             else:
                 crc = zlib.crc32(block, crc)
-                file.write(block)
+                put(block)
             room -= block.nbytes
             if room == 0:
                 found.append(crc)

@@ -19,7 +19,7 @@ from fabricfn.checkpoint.foreign.places import opened_raw
 from fabricfn.checkpoint.foreign.values import PLAIN, Keys, Refused, Stored, leaves, settled
 from fabricfn.checkpoint.loading import Loaded
 from fabricfn.checkpoint.manifest import class_of
-from fabricfn.checkpoint.opening import local_path
+from fabricfn.checkpoint.objects import local_path
 from fabricfn.checkpoint.outline import MAPPINGS, listing
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.records import Model

@@ -34,7 +34,7 @@ class Stretch:
     def __init__(self, fd: int, begin: int, where: str) -> None:
         self.fd, self.begin, self.where = fd, begin, where
 
-    def read(self, begin: int, into: memoryview) -> None:
+    def read(self, begin: int, into: memoryview, reach: int = 0) -> None:
         """Fill `into` from `begin`."""
         at, filled = self.begin + begin, 0
         while filled < into.nbytes and (count := os.preadv(self.fd, [into[filled:]], at + filled)):
