@@ -30,7 +30,7 @@ from fabricfn.checkpoint.outline import (
 from fabricfn.checkpoint.pieces import Source
 from fabricfn.checkpoint.plans import Fit, Want, built
 from fabricfn.checkpoint.progress import Progress, Tell, meter
-from fabricfn.checkpoint.reading import needed_bytes, read_leaf
+from fabricfn.checkpoint.reading import needed_bytes, read_leaf, room_for
 from fabricfn.checkpoint.renaming import Rename, renamed
 from fabricfn.checkpoint.riding import put_back
 from fabricfn.errors import CheckpointError, MismatchError
@@ -222,19 +222,22 @@ def _values(
 ) -> list[Any]:
     """The values of leaves; what is one array in the checkpoint and in the template is one array again.
 
-    Arrays are read by a few threads, one array each at a time: reading and checking use no lock of Python's.
+    Arrays are read by a few threads, one array each at a time: reading and checking use no lock of Python's. Their
+    memory is taken here: what a thread takes, the allocator does not use again for another one, and new pages cost more
+    than the reading.
     """
     leaves = source.manifest.leaves
     keys = [_key(leaves, want) for want in wants]
     first = {key: want for key, want in zip(reversed(keys), reversed(wants), strict=True) if key is not None}
 
     sizes = {key: needed_bytes(_whole(leaves, want), want.like) for key, want in first.items()}
+    rooms = {key: room_for(_whole(leaves, want), want.like, rt.device, donate) for key, want in first.items()}
     tell = tells(sum(sizes.values()))
 
     def read(item: tuple[Hashable, Want]) -> tuple[Hashable, Any]:
         key, want = item
         leaf, what = _whole(leaves, want), path_text(want.path)
-        value = read_leaf(source, leaf, want.like, what, device=rt.device, donate=donate)
+        value = read_leaf(source, leaf, want.like, what, room=rooms.pop(key), device=rt.device, donate=donate)
         tell(sizes[key])
         return key, value
 

@@ -28,7 +28,20 @@ def torch_dtype(leaf: Leaf) -> torch.dtype:
     return getattr(torch, leaf.dtype)
 
 
-def read_leaf(source: Source, leaf: Leaf, like: Any, what: str, *, device: torch.device, donate: bool) -> Any:
+def room_for(leaf: Leaf, like: Any, device: torch.device, donate: bool) -> torch.Tensor | None:
+    """Host memory that the value of an array leaf will live in; None where it will live elsewhere, or in `like`."""
+    if not isinstance(like, torch.Tensor):
+        stays = leaf.kind != "tensor" or leaf.host or device.type == "cpu"
+        return torch.empty(leaf.shape, dtype=torch_dtype(leaf), device="cpu") if stays else None
+    values = local_tensor(like)
+    if (device if values.is_meta else values.device).type != "cpu" or (donate and not values.is_meta):
+        return None
+    return torch.empty_like(values, device="cpu", requires_grad=False)
+
+
+def read_leaf(
+    source: Source, leaf: Leaf, like: Any, what: str, *, room: torch.Tensor | None, device: torch.device, donate: bool
+) -> Any:
     """The value of an array leaf: as `like` wants it, or plain when that is None.
 
     Args:
@@ -36,12 +49,13 @@ def read_leaf(source: Source, leaf: Leaf, like: Any, what: str, *, device: torch
         leaf: the one that has the pieces.
         like: a tensor, a DTensor (only its part of this rank is read), a numpy array, or None.
         what: the leaf's path, for messages.
+        room: of `room_for`; None: it is taken here.
         device: of tensors where `like` names none.
         donate: fill `like` and return it.
     """
     if isinstance(like, torch.Tensor):
-        return _read_like(source, leaf, like, what, device, donate)
-    into = torch.empty(leaf.shape, dtype=torch_dtype(leaf), device="cpu")
+        return _read_like(source, leaf, like, what, room, device, donate)
+    into = torch.empty(leaf.shape, dtype=torch_dtype(leaf), device="cpu") if room is None else room
     read_parts(source, leaf, into, parts_of(into), what)
     if leaf.kind == "tensor":
         return into if leaf.host else into.to(device)
@@ -54,7 +68,13 @@ def read_leaf(source: Source, leaf: Leaf, like: Any, what: str, *, device: torch
 
 
 def _read_like(
-    source: Source, leaf: Leaf, like: torch.Tensor, what: str, device: torch.device, donate: bool
+    source: Source,
+    leaf: Leaf,
+    like: torch.Tensor,
+    what: str,
+    room: torch.Tensor | None,
+    device: torch.device,
+    donate: bool,
 ) -> torch.Tensor:
     with torch.no_grad():
         values, parts = local_tensor(like), parts_of(like)
@@ -65,7 +85,7 @@ def _read_like(
             if not values.is_inference():
                 bump([like])
             return like
-        into = torch.empty_like(values, device="cpu")
+        into = torch.empty_like(values, device="cpu") if room is None else room
         read_parts(source, leaf, into, parts, what)
         if fill:
             values.copy_(into)
