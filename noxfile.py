@@ -52,6 +52,12 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def reliability(session: nox.Session) -> None:
+    """Kills, power failures, damage, hostile files in full, into docs/reliability.md; an hour. Not part of the round."""
+    python(session, "-m", "tests.reliability", "--full", "--write", *session.posargs)
+
+
+@nox.session
 def plots(session: nox.Session) -> None:
     """Run the digits six times, and draw docs/resume.svg; about a minute on two cores. Not part of the round."""
     python(session, "docs/plots/resume.py")

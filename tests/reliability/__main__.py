@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.reliability import audit, corruption, crashes, hostility, kills, report
+from tests.reliability import audit, corruption, crashes, hostility, kills, machine, report
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs/reliability.json"
@@ -27,12 +27,12 @@ def complain(name: str, end: object) -> None:
     print(f"  {name}: {end if isinstance(end, str) else repr(end)[:2000]}", flush=True)
 
 
-def r1(full: bool, non_blocking: bool) -> Rows:
+def r1(full: bool) -> Rows:
     """Kill -9."""
-    return kills.rows(504 if full else 48, non_blocking)
+    return kills.rows(504 if full else 48)
 
 
-def r2(full: bool, non_blocking: bool) -> Rows:
+def r2(full: bool) -> Rows:
     """Power failures, and calls that fail."""
     found: Rows = {}
     for name in crashes.OPERATIONS:
@@ -44,12 +44,12 @@ def r2(full: bool, non_blocking: bool) -> Rows:
     return found
 
 
-def r3(full: bool, non_blocking: bool) -> Rows:
+def r3(full: bool) -> Rows:
     """Damage."""
     return corruption.corruptions(2000 if full else 200)
 
 
-def r4(full: bool, non_blocking: bool) -> Rows:
+def r4(full: bool) -> Rows:
     """Hostile manifests and folders."""
     return {
         "made by hand": hostility.handmade(1 if full else 20, complain),
@@ -57,12 +57,19 @@ def r4(full: bool, non_blocking: bool) -> Rows:
     }
 
 
-def r13(full: bool, non_blocking: bool) -> Rows:
+def r13(full: bool) -> Rows:
     """The audit hook."""
-    return {"load and verify": audit.audit()}
+    return {"load and verify": audit.audit(1), "load and verify, two ranks": audit.audit(2)}
 
 
-FIGURES_OF: dict[str, Callable[[bool, bool], Rows]] = {"R1": r1, "R2": r2, "R3": r3, "R4": r4, "R13": r13}
+def r16(full: bool) -> Rows:
+    """Random histories; a violation is an AssertionError that shows the history."""
+    examples, steps = (200, 30) if full else (20, 12)
+    machine.run_machine(examples, steps)
+    return {"save, load, kill, damage, retain, reshard": {"histories": examples, "steps": steps, "violations": 0}}
+
+
+FIGURES_OF: dict[str, Callable[[bool], Rows]] = {"R1": r1, "R2": r2, "R3": r3, "R4": r4, "R13": r13, "R16": r16}
 
 
 def main() -> None:
@@ -70,14 +77,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=FIGURES_OF, help="one figure; the others stay as they were")
     parser.add_argument("--full", action="store_true", help="the full counts")
-    parser.add_argument("--non-blocking", action="store_true", help="non-blocking saves are killed too")
     parser.add_argument("--write", action="store_true", help="write docs/reliability.md and .json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     for name in [args.only] if args.only else FIGURES_OF:
         began = time.monotonic()
-        rows = FIGURES_OF[name](args.full, args.non_blocking)
+        rows = FIGURES_OF[name](args.full)
         found[name] = {"rows": rows, "seconds": round(time.monotonic() - began), "date": time.strftime("%d %b %Y")}
         print(report.table(rows), flush=True)
         if args.write:  # after each figure: the full counts take long

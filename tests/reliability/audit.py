@@ -18,11 +18,10 @@ OURS = ("manifest.json", "data", ".")
 """Names that are opened relative to the checkpoint's own descriptors."""
 
 
-def watch() -> None:
-    """The child: load a checkpoint once, then others under the hook; tell what happened."""
-    warm, *places = map(Path, sys.argv[1:])
+def watch(rt: ff.Runtime, warm: Path, place: Path) -> list[tuple[str, str]]:
+    """Load a checkpoint, then another one under the hook; what happened on this rank."""
     template = made()
-    ff.load(ALONE, warm, template)
+    ff.load(rt, warm, template)
     ff.verify_checkpoint(warm)
     seen: list[tuple[str, str]] = []
     on = False
@@ -33,12 +32,11 @@ def watch() -> None:
 
     sys.addaudithook(hook)
     on = True
-    for place in places:
-        ff.load(ALONE, place)
-        ff.load(ALONE, place, template)
-        ff.verify_checkpoint(place)
+    ff.load(rt, place)
+    ff.load(rt, place, template)
+    ff.verify_checkpoint(place)
     on = False
-    json.dump(seen, sys.stdout)
+    return seen
 
 
 def made() -> dict[str, Any]:
@@ -55,17 +53,17 @@ def made() -> dict[str, Any]:
     }
 
 
-def audit() -> dict[str, int]:
-    """Load in a fresh process with an audit hook.
+def audit(ranks: int) -> dict[str, int]:
+    """Load on so many fresh processes with an audit hook.
 
     Returns:
         counts of the events that a load must not cause, and of the files that it opened inside and outside of the
-        checkpoint.
+        checkpoint; on all ranks together.
     """
     with scratch() as folder:
         for name in ("warm", "a"):
             ff.save(ALONE, folder / name, made())
-        command = [sys.executable, "-m", "tests.reliability.audit", *(str(folder / name) for name in ("warm", "a"))]
+        command = [sys.executable, "-m", "tests.reliability.audit", str(ranks), str(folder)]
         root = Path(__file__).parents[2]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=os.environ)
         if done.returncode:
@@ -81,5 +79,15 @@ def audit() -> dict[str, int]:
         return counts
 
 
+def main() -> None:
+    """The child of `audit`: print what all its ranks saw."""
+    folder = Path(sys.argv[2])
+    ranks = ff.launch(watch, folder / "warm", folder / "a", accelerator="cpu", devices=int(sys.argv[1]))
+    print(json.dumps([event for seen in ranks for event in seen]))
+
+
 if __name__ == "__main__":
-    watch()
+    # As `python -m` calls this file `__main__`, its functions could not be found by the ranks under that name.
+    from tests.reliability.audit import main as run
+
+    run()

@@ -145,9 +145,9 @@ def kills(
     return dict(counts)
 
 
-def rows(count: int, non_blocking_too: bool = False, seed: int = 0, **options: Any) -> dict[str, dict[str, int]]:
+def rows(count: int, seed: int = 0, **options: Any) -> dict[str, dict[str, int]]:
     """Every row of R1, `count` kills over all of them."""
-    saves = {"blocking": blocking, **({"non-blocking": non_blocking} if non_blocking_too else {})}
+    saves = {"blocking": blocking, "non-blocking": non_blocking}
     combinations = [(name, world, target) for name in saves for target in TARGETS for world in WORLDS]
     return {
         f"{name}, {target}, {world}": kills(

@@ -10,8 +10,8 @@ What fabricfn promises of a checkpoint, and how often it was tried to break it. 
 python -m tests.reliability --full --write      # one figure: --only R3
 ```
 
-and at a smaller size by `tests/test_survival.py` in every round of tests. Anything but zero in a column "lost",
-"mixed", "silent", "unnamed", "slow" or "other" is a bug.
+and at a smaller size by `tests/test_survival.py` and `tests/test_checkpoint_machine.py` in every round of tests.
+Anything but zero in a column "lost", "mixed", "silent", "unnamed", "slow", "other" or "violations" is a bug.
 """
 
 TEXTS = {
@@ -54,8 +54,14 @@ manifest, which is refused beyond 64 MiB: JSON made for it takes 0.3 s and up to
     "R13": """## No code in a checkpoint
 
 Events of Python's audit hook (`sys.addaudithook`) during `load` with and without a template and `verify_checkpoint`,
-after one load to warm up. Several ranks tell each other plain data and this package's records by `all_gather_object`,
-which pickles: ranks of one job trust each other. What is read from the disk never gets there.
+after one load to warm up, on all ranks together. What the ranks tell each other is JSON; only the states of objects
+that differ between ranks (loaders) travel pickled, between the ranks of one job, never from the disk.
+""",
+    "R16": """## Random histories
+
+hypothesis draws histories of saves (sharded over up to three ranks), loads, real kills at a file-system call, damage to
+the newest, retention and resharding, and keeps a model of them beside: every acknowledged save stays readable bit for
+bit until it is deleted, and `latest` is the newest whole one, or says that it fell back.
 """,
 }
 
