@@ -47,13 +47,13 @@ def doctests(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite; arguments after -- go to pytest."""
-    python(session, "-m", "pytest", *session.posargs)
+    """The test suite, a file at a time on each of up to four cores; arguments after -- go to pytest."""
+    python(session, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", *session.posargs)
 
 
 @nox.session
 def reliability(session: nox.Session) -> None:
-    """Kills, power failures, damage, hostile files in full, into docs/reliability.md; an hour. Not part of the round."""
+    """Kills, power failures, damage, hostile files in full: docs/reliability.md; an hour. Not part of the round."""
     python(session, "-m", "tests.reliability", "--full", "--write", *session.posargs)
 
 
