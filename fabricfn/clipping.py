@@ -15,6 +15,7 @@ from fabricfn.runtimes import Runtime
 from fabricfn.sharding import any_sharded, counted_here, is_sharded, local_of, with_locals
 from fabricfn.states import overlap
 from fabricfn.tree import tree_flatten, tree_unflatten
+from fabricfn.watching import collective
 from fabricfn.world import World
 
 G = TypeVar("G")
@@ -23,6 +24,7 @@ _kernels: Any = torch
 """The functions on lists of tensors have no types."""
 
 
+@collective("clip_gradients", sharded=True)
 def clip_gradients(
     rt: Runtime,
     grads: G,

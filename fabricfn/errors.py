@@ -29,7 +29,15 @@ class GradientError(FabricfnError, RuntimeError):
 
 
 class MismatchError(FabricfnError, RuntimeError):
-    """The ranks disagree on the shape, dtype, structure or kind of a collective call."""
+    """The ranks disagree on collective calls (kind, number, shape, dtype, structure) or on replicated values."""
+
+
+class PeerError(FabricfnError, RuntimeError):
+    """Another rank has failed, died or cannot be reached, so this one cannot go on."""
+
+
+class HangError(PeerError):
+    """Another rank did not answer within the limit, `init_runtime(timeout=...)`."""
 
 
 class LaunchError(FabricfnError, RuntimeError):

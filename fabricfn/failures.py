@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 
-from fabricfn.errors import LaunchError
+from fabricfn.errors import HangError, LaunchError, MismatchError, PeerError
 
 # What the other ranks see when one has died or hangs. Such an error is a consequence, whenever it was raised.
 _CONSEQUENCES = (
@@ -54,13 +54,15 @@ def record(error: BaseException, rank: int) -> Failure:
         time=time.time(),
         summary=summary,
         text="".join(traceback.format_exception(error)).rstrip(),
-        consequence=_is_consequence(error),
+        consequence=is_consequence(error),
         pickled=_pickled(error),
     )
 
 
-def _is_consequence(error: BaseException | None) -> bool:
+def is_consequence(error: BaseException | None) -> bool:
     """Whether the error, or one that it came from, is that of a lost connection."""
+    if isinstance(error, MismatchError | PeerError):  # what such errors came from is explained in them
+        return isinstance(error, PeerError) and not isinstance(error, HangError)
     while error is not None:
         text = str(error).lower()
         if isinstance(error, OSError | RuntimeError) and any(sign in text for sign in _CONSEQUENCES):

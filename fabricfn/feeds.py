@@ -32,6 +32,7 @@ from fabricfn.runtimes import Runtime
 from fabricfn.samplers import Ordering, length_of, order_digest, rows_of
 from fabricfn.seeding import Seeded
 from fabricfn.streams import Share
+from fabricfn.watching import counted
 
 
 class Feed(Sampler[Any]):
@@ -201,7 +202,9 @@ def _agreed_order(rt: Runtime, ordering: Ordering, cursor: Cursor) -> list[Any]:
     found = f"{len(order)} items in the order {digest}" if problem is None else f"which is impossible: {problem}"
     text = f"batches() over {ordering.name}, {found}"
     try:
-        agree(rt.world, members_of(rt.world, None), text, take_apart(()), problem)
+        counted(rt.world, "batches", agree, apart=True)(
+            rt.world, members_of(rt.world, None), text, take_apart(()), problem
+        )
     except MismatchError as error:
         raise DataError(
             f"{ordering.name} must yield the same order on every rank, since the ranks take slices of it, but in epoch"

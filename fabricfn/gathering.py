@@ -14,8 +14,10 @@ from fabricfn.engine import named_modules
 from fabricfn.records import Model
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import REACHED, is_sharded, whole
+from fabricfn.watching import collective
 
 
+@collective("gather_params", sharded=True)
 def gather_params(rt: Runtime, model: Model, *, dst: int | None = None) -> dict[str, torch.Tensor]:
     """The full parameters of `model` by name, on every rank or on one, in memory of their own.
 
@@ -49,6 +51,7 @@ def gather_params(rt: Runtime, model: Model, *, dst: int | None = None) -> dict[
     return found
 
 
+@collective("to_module", sharded=True)
 def to_module(rt: Runtime, model: Model) -> nn.Module:
     """A plain `nn.Module` with the model's values, buffers and training mode, in memory of its own.
 

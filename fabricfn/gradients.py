@@ -19,6 +19,7 @@ from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.runs import counts_of, differentiate, one_ahead
 from fabricfn.runtimes import Runtime
+from fabricfn.watching import counted
 
 
 def value_and_grad(
@@ -77,7 +78,7 @@ def value_and_grad(
         loss, aux, grads = differentiate(rt, job, models, ((args, kwargs, True),), key)
         return (loss if aux is None else (loss, aux[0])), grads
 
-    return grad_fn
+    return counted(rt.world, "value_and_grad", grad_fn)
 
 
 def accumulate(
@@ -157,7 +158,7 @@ def accumulate(
         loss, aux, grads = differentiate(rt, job, models, one_ahead(microbatches), key)
         return (loss if aux is None else (loss, aux)), grads
 
-    return grad_fn
+    return counted(rt.world, "accumulate", grad_fn)
 
 
 def value(
@@ -210,7 +211,7 @@ def value(
         loss, _ = finish(job, sums, rt.world)
         return loss if sums.aux is None else (loss, sums.aux[0])
 
-    return value_fn
+    return counted(rt.world, "value", value_fn) if weighted or rt.strategy.shard is not None else value_fn
 
 
 def checked(

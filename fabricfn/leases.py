@@ -13,6 +13,7 @@ torch 2.13). So a lease watches both, and who updates in place bumps both.
 import operator
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -95,9 +96,16 @@ def shown(place: Place) -> str:
     return f"{place[0].rpartition('/')[2]}:{place[1]}"
 
 
+COUNTING = "fabricfn.watching.calling"
+"""What stands between a public function and its caller."""
+
+
 def caller() -> Place:
     """Where the function that calls this was called."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == COUNTING:
+        frame = frame.f_back
+    assert frame is not None
     return frame.f_code.co_filename, frame.f_lineno
 
 

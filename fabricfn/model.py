@@ -28,10 +28,12 @@ from fabricfn.runtimes import Runtime
 from fabricfn.scaling import first_scale
 from fabricfn.sharding import is_sharded, whole
 from fabricfn.tree import tree_map
+from fabricfn.watching import collective
 
 M = TypeVar("M")
 
 
+@collective("setup_model")
 def setup_model(
     rt: Runtime,
     module_or_factory: nn.Module | Callable[[], nn.Module],
@@ -110,6 +112,7 @@ def init_module(rt: Runtime, factory: Callable[[], nn.Module]) -> nn.Module:
         torch.set_default_dtype(before)
 
 
+@collective("apply", sharded=True)
 def apply(
     rt: Runtime,
     model: Model,

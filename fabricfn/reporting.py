@@ -13,6 +13,7 @@ from fabricfn.failures import Failure, exception_of, record
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import refusal
 from fabricfn.tree import tree_leaves
+from fabricfn.watching import collective
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ def print(rt: Runtime, *args: Any, **options: Any) -> None:
         builtins.print(*args, **options)
 
 
+@collective("run_once")
 def run_once(rt: Runtime, fn: Callable[[], T]) -> T:
     """Run `fn` on rank 0; every rank gets its result, or its error. Every rank must call it.
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from fabricfn.collectives.groups import device_for_words
 from fabricfn.errors import DataError
 from fabricfn.tree import tree_leaves
+from fabricfn.watching import counted
 from fabricfn.world import World
 
 MAX_AHEAD = 256
@@ -43,11 +44,11 @@ def with_next(found: Iterator[Any], world: World, digest: Callable[[], int], *, 
     ahead = _Ahead(found, world, digest, strict)
     while True:
         ahead.read()
-        ahead.start_vote()
+        counted(world, "the next step of batches", ahead.start_vote)()
         for _ in range(ahead.granted - ahead.given):
             ahead.given += 1
             yield ahead.batches.popleft(), ahead.ended and not ahead.batches
-        ahead.settle()
+        counted(world, "the end of a step of batches", ahead.settle)()
         if ahead.granted == ahead.given and ahead.over:
             return
 

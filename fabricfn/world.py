@@ -1,9 +1,13 @@
 """Who am I: the place of one process among all processes of the job."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from fabricfn.watching import Watch
 
 CPU = torch.device("cpu")
 
@@ -28,3 +32,5 @@ class World:
     """The device of this process."""
     group: dist.ProcessGroup | None = None
     """The process group of all ranks; None when there is one rank, and then no collective is ever called."""
+    watch: "Watch | None" = None
+    """What this rank tells the others about where it is; None for one rank, and in a group that the user made."""

@@ -25,8 +25,8 @@ FLOORS = (
         "flat",
         "sharding",
     ),  # facts, and plain machinery
-    # behind a model; permutations with random access; the loss scale; global generators
-    ("engine", "permutations", "scaling", "generators"),
+    # behind a model; permutations with random access; the loss scale; global generators; who waits for whom
+    ("engine", "permutations", "scaling", "generators", "watching"),
     ("strategy", "leases", "order"),  # what a strategy is; who may use which values; the order of the data
     ("strategies", "records", "seeding"),  # the strategies; the values of training; generators that are not ours
     ("runtimes", "states", "passes", "samplers"),  # where and how; the optimizer's values; the order of a user's data

@@ -36,6 +36,7 @@ from fabricfn.checkpoint.riding import put_back
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.leases import Place, caller
 from fabricfn.runtimes import Runtime
+from fabricfn.watching import collective
 
 READERS = 4
 FEW_BYTES = 8 << 20
@@ -54,6 +55,7 @@ class Loaded:
     """The paths that the template has and the checkpoint does not; the tree holds the template's own values there."""
 
 
+@collective("load")
 def load(
     rt: Runtime,
     path: str | os.PathLike[str],

@@ -15,6 +15,7 @@ from fabricfn.checkpoint.progress import Progress
 from fabricfn.checkpoint.snapshots import snapshot
 from fabricfn.collectives.groups import beside
 from fabricfn.runtimes import Runtime
+from fabricfn.watching import collective
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,7 @@ def save(
     progress: Progress = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Receipt | Saving: ...
+@collective("save")
 def save(
     rt: Runtime,
     path: str | os.PathLike[str],

@@ -11,8 +11,10 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import refusal
 from fabricfn.tree import tree_leaves
+from fabricfn.watching import collective
 
 
+@collective("barrier", apart=True)
 def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
     """Wait until every rank is here.
 
@@ -33,6 +35,7 @@ def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
     agree(rt.world, members, f"barrier({'' if name is None else repr(name)})", take_apart(()), None)
 
 
+@collective("all_gather_object", apart=True)
 def all_gather_object(rt: Runtime, obj: Any, *, axis: Axis = None) -> list[Any]:
     """Every rank's object, by rank: anything that can be pickled. For tensors `all_gather` is much faster.
 

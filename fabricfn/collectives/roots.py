@@ -19,6 +19,7 @@ from fabricfn.collectives.parcels import divisible, meet, movable, rebuild_tenso
 from fabricfn.errors import ConfigurationError
 from fabricfn.runtimes import Runtime
 from fabricfn.tree import Tree, TreeSpec, tree_unflatten
+from fabricfn.watching import collective
 from fabricfn.world import World
 
 
@@ -36,6 +37,7 @@ class Outline:
     """Place -> any other leaf."""
 
 
+@collective("gather", apart=True)
 def gather(rt: Runtime, tree: Tree, dst: int = 0, *, axis: Axis = None) -> Tree | None:
     """`all_gather` for one rank only.
 
@@ -75,6 +77,7 @@ def gather(rt: Runtime, tree: Tree, dst: int = 0, *, axis: Axis = None) -> Tree 
     return rebuild_tensors(parcel, results, rt.world) if receives else None
 
 
+@collective("broadcast", apart=True)
 def broadcast(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tree:
     """The tree of rank `src`, on every rank.
 
@@ -124,6 +127,7 @@ def broadcast(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tr
     return _assemble(outline, parcel, run(like), rt.world)
 
 
+@collective("scatter", apart=True)
 def scatter(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tree:
     """Row r of every leaf of rank `src` goes to rank r; the inverse of `gather`.
 

@@ -24,11 +24,13 @@ from fabricfn.collectives.parcels import (
 from fabricfn.errors import CapabilityError
 from fabricfn.runtimes import Runtime
 from fabricfn.tree import Tree
+from fabricfn.watching import collective
 from fabricfn.world import World
 
 Tensors = list[torch.Tensor]
 
 
+@collective("all_reduce", apart=True)
 def all_reduce(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = None, differentiable: bool = False) -> Tree:
     """The reduction over the ranks of every leaf; the same bits on every rank.
 
@@ -87,6 +89,7 @@ def all_reduce(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = None, 
     return rebuild(parcel, travel(parcel, tensors, agreement, rt.world, members, chosen))
 
 
+@collective("all_gather", apart=True)
 def all_gather(
     rt: Runtime, tree: Tree, *, axis: Axis = None, uneven: bool = False, differentiable: bool = False
 ) -> Tree:
@@ -138,6 +141,7 @@ def all_gather(
     return rebuild_tensors(parcel, travel(parcel, tensors, agreement, rt.world, members, chosen), rt.world)
 
 
+@collective("reduce_scatter", apart=True)
 def reduce_scatter(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = None) -> Tree:
     """The part of `all_reduce` that belongs to this rank: every leaf is cut along dim 0 into one part a rank.
 
@@ -173,6 +177,7 @@ def reduce_scatter(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = No
     return rebuild(parcel, travel(parcel, tensors, agreement, rt.world, members, run))
 
 
+@collective("all_to_all", apart=True)
 def all_to_all(rt: Runtime, tree: Tree, *, axis: Axis = None) -> Tree:
     """Every rank sends one part of each leaf to every rank: parts are cuts along dim 0.
 

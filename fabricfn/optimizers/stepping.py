@@ -17,11 +17,13 @@ from fabricfn.records import Grads, Model, check_fit, handed_on, renewed
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import with_locals
 from fabricfn.states import Optimizer, Plan, exposed, overlap
+from fabricfn.watching import collective
 
 M = TypeVar("M")
 Closure = Callable[[Any], tuple[Any, Any]]
 
 
+@collective("optimizer_step")
 def optimizer_step(
     rt: Runtime,
     models: M,

@@ -282,12 +282,3 @@ def attend(topology: Topology) -> None:
     _prctl_pr_set_pdeathsig(PARENT_DIED)
     if topology.folder is not None:
         os.makedirs(topology.folder, exist_ok=True)
-
-
-def leave_word(topology: Topology, failure: Failure) -> None:
-    """In a worker: tell the parent what happened; only the first failure of a rank counts."""
-    path = Path(topology.folder or ".") / f"rank-{topology.rank}.failure"
-    if not path.exists():
-        draft = path.with_suffix(".draft")
-        draft.write_bytes(pickle.dumps(failure))
-        draft.rename(path)

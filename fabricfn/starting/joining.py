@@ -2,15 +2,19 @@
 
 import atexit
 import contextlib
+import dataclasses
 import os
 import socket
+import sys
 import time
 from collections.abc import Generator
 from datetime import timedelta
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from fabricfn.accelerators import Choice, available, describe, device_of
 from fabricfn.environments import Topology
@@ -20,8 +24,16 @@ from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.starting.meeting import open_store, settle
 from fabricfn.starting.request import Request, seconds
+from fabricfn.starting.words import give_up
 from fabricfn.strategies import resolve
+from fabricfn.watching import Watch, guard, shared_memory
 from fabricfn.world import World
+
+Board = tuple[str | None, Store]
+"""The file that the ranks of this node share, if there is a folder for it; and where they tell each other otherwise."""
+
+_WATCHES: WeakKeyDictionary[dist.ProcessGroup, Watch] = WeakKeyDictionary()
+"""The watch of each process group, as torch keeps its own table of groups: a second runtime finds it here."""
 
 LETTING_GO = 0.05
 """Seconds, without the GIL, for gloo's threads to let go of the last collective's tensors.
@@ -91,9 +103,12 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
     if device.type not in ("cpu", "mps", "xla"):
         torch.accelerator.set_device_index(device)
     owns_group = topology.world_size > 1 and not dist.is_initialized()
-    if owns_group:
-        _make_group(request, topology, device)
-    elif dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.world_size):
+    board = _make_group(request, topology, device) if owns_group else None
+    if (
+        not owns_group
+        and dist.is_initialized()
+        and (dist.get_rank(), dist.get_world_size()) != (topology.rank, topology.world_size)
+    ):
         raise ConfigurationError(
             f"{topology.name} says rank {topology.rank} of {topology.world_size}, but the process group that exists"
             f" has rank {dist.get_rank()} of {dist.get_world_size()}. Call torch.distributed.destroy_process_group()"
@@ -109,6 +124,10 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
         device=device,
         group=dist.group.WORLD if topology.world_size > 1 else None,
     )
+    if board is not None:
+        world = _watched(world, board, request, topology)
+    elif world.group is not None:
+        world = dataclasses.replace(world, watch=_WATCHES.get(world.group))
     rt = Runtime(
         world=world,
         precision=Precision.parse(request.precision),
@@ -124,7 +143,25 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
     return rt
 
 
-def _make_group(request: Request, topology: Topology, device: torch.device) -> None:
+def _watched(world: World, board: Board, request: Request, topology: Topology) -> World:
+    """The world with a watch over its ranks, and a thread that ends this one when it waits in vain."""
+    memory = shared_memory(world, *board)
+    watch = Watch(world, memory, seconds(request.timeout), debug=request.debug)
+    assert world.group is not None
+    _WATCHES[world.group] = watch
+    guard(watch, partial(give_up, topology), host_waits=world.device.type in ("cpu", "mps"))
+    return dataclasses.replace(world, watch=watch)
+
+
+def say_goodbye(error: BaseException | None) -> None:
+    """Tell the other ranks that this one leaves, and why, if for a reason."""
+    for watch in list(_WATCHES.values()):
+        watch.leave(error)
+    _WATCHES.clear()
+
+
+def _make_group(request: Request, topology: Topology, device: torch.device) -> Board:
+    """Join the others. Returns where the ranks of this node find the memory that they share."""
     if topology.num_nodes == 1:
         # Also for groups that are made later: gloo binds to the address of this interface, else to the host's name.
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -145,6 +182,8 @@ def _make_group(request: Request, topology: Topology, device: torch.device) -> N
         timeout=limit,
         device_id=device if device.type == "cuda" and "nccl" in backend else None,
     )
+    file = None if topology.folder is None else f"{topology.folder}/board-{generation}"
+    return file, PrefixStore(f"fabricfn/board/{topology.attempt}/{generation}", store)
 
 
 def _loopback() -> str:
@@ -172,6 +211,7 @@ def shutdown(rt: Runtime) -> None:
         finish(rt.world)
     finally:
         if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.group:
+            say_goodbye(sys.exc_info()[1] or getattr(sys, "last_value", None))
             dist.destroy_process_group()
             # The group itself lives on, since records hold it: its threads are not joined.
             time.sleep(LETTING_GO)

@@ -19,11 +19,12 @@ from fabricfn.environments import find
 from fabricfn.errands import finish_all
 from fabricfn.errors import ConfigurationError, LaunchError
 from fabricfn.failures import ending, exception_of, record
-from fabricfn.starting.agent import Outcome, attend, check_ready, leave_word, run_workers, threads_each
+from fabricfn.starting.agent import Outcome, attend, check_ready, run_workers, threads_each
 from fabricfn.starting.cargo import Call, pack, read_result, unpack, write_result
 from fabricfn.starting.commanded import with_command_line
-from fabricfn.starting.joining import join, place, shutdown, until_shutdown
+from fabricfn.starting.joining import join, place, say_goodbye, shutdown, until_shutdown
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
+from fabricfn.starting.words import leave_word
 
 
 def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
@@ -157,6 +158,7 @@ def _work(cargo: Call | bytes, threads: int | None) -> None:
         write_result(Path(topology.folder or ".") / f"rank-{topology.rank}.result", result, topology.rank)
         shutdown(rt)
     except BaseException as error:
+        say_goodbye(error)
         leave_word(topology, record(error, topology.rank))
         finish_all()  # a save goes on to its end, after an error too
         _leave(error)

@@ -27,6 +27,7 @@ class Request:
     environment: str | Topology | None = None
     seed: int | None = None
     timeout: float | timedelta = 1800.0
+    debug: bool = False
     backend: str | None = None
     node_rank: int | None = None
     main_address: str | None = None

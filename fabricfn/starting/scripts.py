@@ -18,8 +18,9 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from fabricfn.environments import Topology
 from fabricfn.failures import ending, record
-from fabricfn.starting.agent import Outcome, attend, check_ready, leave_word, run_workers
+from fabricfn.starting.agent import Outcome, attend, check_ready, run_workers
 from fabricfn.starting.request import Request
+from fabricfn.starting.words import leave_word
 
 
 def why_no_script() -> str | None:
