@@ -202,9 +202,8 @@ def _agreed_order(rt: Runtime, ordering: Ordering, cursor: Cursor) -> list[Any]:
     found = f"{len(order)} items in the order {digest}" if problem is None else f"which is impossible: {problem}"
     text = f"batches() over {ordering.name}, {found}"
     try:
-        counted(rt.world, "batches", agree, apart=True)(
-            rt.world, members_of(rt.world, None), text, take_apart(()), problem
-        )
+        check = counted(rt.world, "batches", agree, apart=True)
+        check(rt.world, members_of(rt.world, None), text, take_apart(()), problem)
     except MismatchError as error:
         raise DataError(
             f"{ordering.name} must yield the same order on every rank, since the ranks take slices of it, but in epoch"

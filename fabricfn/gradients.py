@@ -17,6 +17,7 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.losses import Buffers, Job, Reduce, Sums, collect, finish
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
+from fabricfn.records import Model
 from fabricfn.runs import counts_of, differentiate, one_ahead
 from fabricfn.runtimes import Runtime
 from fabricfn.watching import counted
@@ -78,7 +79,7 @@ def value_and_grad(
         loss, aux, grads = differentiate(rt, job, models, ((args, kwargs, True),), key)
         return (loss if aux is None else (loss, aux[0])), grads
 
-    return counted(rt.world, "value_and_grad", grad_fn)
+    return counted(rt.world, "value_and_grad", grad_fn, subject=_signature)
 
 
 def accumulate(
@@ -158,7 +159,7 @@ def accumulate(
         loss, aux, grads = differentiate(rt, job, models, one_ahead(microbatches), key)
         return (loss if aux is None else (loss, aux)), grads
 
-    return counted(rt.world, "accumulate", grad_fn)
+    return counted(rt.world, "accumulate", grad_fn, subject=_signature)
 
 
 def value(
@@ -223,3 +224,8 @@ def checked(
     if allow_unused and rt.world.group is not None:
         rt.strategy.check_unused()
     return Job(loss_fn=loss_fn, has_aux=has_aux, weighted=weighted, allow_unused=allow_unused, buffers=buffers)
+
+
+def _signature(models: Any, *_: Any, **__: Any) -> Any:
+    """What kind of model it is; "" for a tree of them."""
+    return models.ref.signature if type(models) is Model else ""

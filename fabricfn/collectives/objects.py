@@ -11,10 +11,9 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import refusal
 from fabricfn.tree import tree_leaves
-from fabricfn.watching import collective
+from fabricfn.watching import collective, counted
 
 
-@collective("barrier", apart=True)
 def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
     """Wait until every rank is here.
 
@@ -24,7 +23,8 @@ def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
         axis: None for all ranks, or a tuple of ranks; all of them must call it.
 
     Raises:
-        MismatchError: another rank is at another barrier or in another collective.
+        MismatchError: another rank is at another barrier or in another collective, or has left.
+        HangError: a rank did not come within `init_runtime(timeout=...)`; the message names it and where it stands.
 
     Example:
         >>> import fabricfn as ff
@@ -32,7 +32,9 @@ def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
         >>> ff.barrier(rt, "data is downloaded")
     """
     members = members_of(rt.world, axis)
-    agree(rt.world, members, f"barrier({'' if name is None else repr(name)})", take_apart(()), None)
+    call = f"barrier({'' if name is None else repr(name)})"
+    meet = agree if axis is not None else counted(rt.world, call, agree, apart=True)
+    meet(rt.world, members, call, take_apart(()), None)
 
 
 @collective("all_gather_object", apart=True)

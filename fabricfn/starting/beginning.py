@@ -28,6 +28,7 @@ def init_runtime(
     environment: str | Topology | None = None,
     seed: int | None = None,
     timeout: float | timedelta = 1800.0,
+    debug: bool = False,
     backend: str | None = None,
     node_rank: int | None = None,
     main_address: str | None = None,
@@ -63,7 +64,11 @@ def init_runtime(
         environment: the launcher, if it is not to be found out: "workers", "torchrun", "slurm", "lsf", "mpi",
             "kubeflow", "single" (which ignores any), or a `fabricfn.environments.Topology` of your own.
         seed: any integer, `rt.seed`; None is 0. Global generators are left alone.
-        timeout: how long a collective waits for the other ranks, in seconds or as a timedelta.
+        timeout: how long a collective waits for the other ranks, in seconds or as a timedelta; then it is a `HangError`
+            that names the rank which does not come, and the line where that one stands. Half an hour.
+        debug: compare everything that travels between ranks before it does (kind of call, dtypes, shapes, reduction),
+            what DDP, FSDP and calls of `torch.distributed` send included; and every 100 steps the ranks' replicas.
+            Small collectives take about twice as long: docs/failures.md.
         backend: of torch.distributed; None is gloo for CPU tensors and the device's own for its tensors.
         node_rank: which machine this is, 0 .. num_nodes - 1; needed without a launcher when num_nodes > 1.
         main_address: the host name of the machine with node_rank 0; likewise. It replaces what a rule gave (SLURM's
@@ -94,6 +99,7 @@ def init_runtime(
         environment=environment,
         seed=seed,
         timeout=timeout,
+        debug=debug,
         backend=backend,
         node_rank=node_rank,
         main_address=main_address,

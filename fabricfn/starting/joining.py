@@ -26,7 +26,7 @@ from fabricfn.starting.meeting import open_store, settle
 from fabricfn.starting.request import Request, seconds
 from fabricfn.starting.words import give_up
 from fabricfn.strategies import resolve
-from fabricfn.watching import Watch, guard, shared_memory
+from fabricfn.watching import Watch, check_everything, guard, shared_memory
 from fabricfn.world import World
 
 Board = tuple[str | None, Store]
@@ -114,6 +114,7 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
             f" has rank {dist.get_rank()} of {dist.get_world_size()}. Call torch.distributed.destroy_process_group()"
             " first, or leave the process group to init_runtime."
         )
+    checked = check_everything(device) if owns_group and request.debug else None
     world = World(
         rank=topology.rank,
         world_size=topology.world_size,
@@ -126,6 +127,8 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
     )
     if board is not None:
         world = _watched(world, board, request, topology)
+        if checked is not None:
+            checked.watch = world.watch
     elif world.group is not None:
         world = dataclasses.replace(world, watch=_WATCHES.get(world.group))
     rt = Runtime(

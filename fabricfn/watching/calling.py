@@ -12,19 +12,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def nothing(*args: Any, **kwargs: Any) -> str:
+    """A call that is about nothing in particular."""
+    return ""
+
+
 def watch_of(world: World) -> Watch | None:
     """The watch that counts the calls in this world's process group, if there is one."""
     watch = world.watch
     return watch if watch is not None and watch.group is world.group else None
 
 
-def counted(world: World, name: str, fn: Callable[..., Any], *, apart: bool = False) -> Callable[..., Any]:
+def counted(
+    world: World, name: str, fn: Callable[..., Any], *, subject: Callable[..., Any] = nothing, apart: bool = False
+) -> Callable[..., Any]:
     """`fn` as a call that every rank must make; see [Note: watch]. With one rank, `fn` itself.
 
     Args:
         world: this process' place.
         name: what must be the same on all ranks, as the user wrote it.
         fn: anything.
+        subject: of the arguments: what the call is about, which must be alike on all ranks, too. An object that lives
+            on, known by its identity.
         apart: whether it finds out by itself that another rank is in another such call.
     """
     watch = watch_of(world)
@@ -32,7 +41,7 @@ def counted(world: World, name: str, fn: Callable[..., Any], *, apart: bool = Fa
         return fn
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not watch.begin(name, apart=apart):
+        if not watch.begin(name, subject(*args, **kwargs), apart=apart):
             return fn(*args, **kwargs)
         try:
             return fn(*args, **kwargs)

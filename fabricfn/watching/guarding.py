@@ -1,8 +1,8 @@
 """A thread that ends this rank when it waits for another one in vain, and the back end does not notice.
 
 [Note: guard] gloo raises when a connection closes or its limit passes; then this thread has nothing to do. But a rank
-that has left need not close its connections (a worker of `launch` lives on until all have returned), a wait in C++ cannot
-be interrupted, and a collective of NCCL is waited for nowhere: so what is known for sure ends the process.
+that has left need not close its connections (a worker of `launch` lives on until all have returned), a wait in C++
+cannot be interrupted, and a collective of NCCL is waited for nowhere: so what is known for sure ends the process.
 """
 
 import threading

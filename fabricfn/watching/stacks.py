@@ -25,6 +25,8 @@ SHOWN = 6
 """So many lines of it are shown."""
 OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 """The folders whose lines say nothing to a user."""
+STARTS = str(Path("fabricfn", "starting", "launching.py"))
+"""What is further out than this file is how the rank was started."""
 LINE = re.compile(r'File "(.*)", line (\d+) in (.*)')
 
 
@@ -76,6 +78,8 @@ def stack_of(place: Place) -> list[tuple[str, int, str]]:
 
 def standing(stack: list[tuple[str, int, str]]) -> tuple[str, bool]:
     """(the lines that a user reads, whether the innermost one is outside torch and fabricfn)."""
+    starts = [place for place, entry in enumerate(stack) if entry[0].endswith(STARTS)]
+    stack = stack[: starts[0]] if starts else stack
     lines = [entry for entry in stack if not entry[0].startswith(OWN)] or stack
     shown = "\n".join(f"    {short(name)}:{line} in {function}" for name, line, function in lines[:SHOWN])
     return shown, bool(stack) and not stack[0][0].startswith(OWN)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zlib
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 from fabricfn.errors import MismatchError
@@ -25,6 +25,9 @@ from fabricfn.world import World
 SKIPPED = ("fabricfn", "torch", "contextlib", "functools")
 """The packages whose lines are not the user's."""
 MOST_SITES = 4096
+
+Key = tuple[int, int, str, int]
+"""Which call this is: code, line, name, subject."""
 
 
 class Watch:
@@ -49,13 +52,18 @@ class Watch:
         self.base, self.calls, self.busy = world.local_rank * REGION, 0, False
         self.fence = threading.Lock()
         self.thread, self.pid = threading.get_ident(), os.getpid()
-        self.sites: dict[tuple[int, int, str], tuple[CodeType, int, bytes]] = {}
+        self.sites: dict[Key, tuple[Any, int, bytes]] = {}
         self.stack_file = listen() if threading.current_thread() is threading.main_thread() else -1
         now = time.monotonic_ns()
         HEAD.pack_into(self.memory, self.base, self.rank, self.pid, self.stack_file, 0, AT_WORK, now)
 
-    def begin(self, name: str, *, apart: bool = False) -> bool:
+    def begin(self, name: str, subject: Any = "", *, apart: bool = False) -> bool:
         """Write down a call. Returns False inside another one, and on other threads, where nothing is counted.
+
+        Args:
+            name: the function.
+            subject: what else must be the same on all ranks; an object that lives on, known by its identity.
+            apart: see `counted`.
 
         Raises:
             MismatchError: another rank's call of the same number is another one.
@@ -65,8 +73,8 @@ class Watch:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in SKIPPED:
             frame = frame.f_back
-        key = (id(frame.f_code), frame.f_lineno, name) if frame is not None else (0, 0, name)
-        _, digest, text = self.sites.get(key) or self._site(key, frame, apart)
+        key = (0, 0, name, 0) if frame is None else (id(frame.f_code), frame.f_lineno, name, id(subject))
+        _, digest, text = self.sites.get(key) or self._site(key, frame, subject, apart)
         calls = self.calls = self.calls + 1
         slot = FIRST + calls % SLOTS * SLOT.size
         SLOT.pack_into(self.memory, self.base + slot, calls, digest, text)
@@ -88,7 +96,7 @@ class Watch:
         NOW.pack_into(self.memory, self.base + 24, self.calls, AT_WORK, time.monotonic_ns())
 
     def leave(self, error: BaseException | None = None) -> None:
-        """This rank makes no further call, since it is done or because of `error`."""
+        """Say that this rank makes no further call, since it is done or because of `error`."""
         mine = self.mine()
         if mine.state >= LEFT or os.getpid() != self.pid:
             return
@@ -124,13 +132,20 @@ class Watch:
             f" {self.rank}) call {self.calls} is{lines}"
         )
 
-    def _site(self, key: tuple[int, int, str], frame: FrameType | None, apart: bool) -> tuple[Any, int, bytes]:
+    def _site(self, key: Key, frame: FrameType | None, subject: Any, apart: bool) -> tuple[Any, int, bytes]:
         if len(self.sites) >= MOST_SITES:
             self.sites.clear()
-        name = key[2]
+        what = str(subject)
+        name = f"{key[2]} of {_brief(subject)}" if what else key[2]
         where = "" if frame is None else f" at {short(frame.f_code.co_filename)[-80:]}:{frame.f_lineno}"
         text = (name.encode()[: 127 - len(where.encode())] + where.encode())[:127]
-        # the code is kept, so that its id stays its own
-        code: Any = None if frame is None else frame.f_code
-        found = self.sites[key] = (code, zlib.crc32(name.encode()) << 1 | apart, text)
+        kept = (subject, None if frame is None else frame.f_code)  # so that their ids stay their own
+        found = self.sites[key] = (kept, zlib.crc32(f"{key[2]} of {what}".encode()) << 1 | apart, text)
         return found
+
+
+def _brief(subject: Any) -> str:
+    """A model's signature, ((name, dtype, shape), ...), in a few words."""
+    name, _, shape, *_ = subject[0] if subject else ("nothing", "", "")
+    more = f" and {len(subject) - 1} more" if len(subject) > 1 else ""
+    return f"a model ({name[-24:]} {list(shape)}{more})"
