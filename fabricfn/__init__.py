@@ -50,9 +50,11 @@ if TYPE_CHECKING:
         DonatedError as DonatedError,
         FabricfnError as FabricfnError,
         GradientError as GradientError,
+        HangError as HangError,
         LaunchError as LaunchError,
         MismatchError as MismatchError,
         ModelError as ModelError,
+        PeerError as PeerError,
     )
     from fabricfn.facts import environment_report as environment_report
     from fabricfn.gathering import gather_params as gather_params, to_module as to_module, unsharded as unsharded
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from fabricfn.precision import DynamicScale as DynamicScale, Precision as Precision
     from fabricfn.random import Key as Key, fold_in as fold_in, key as key, split as split
     from fabricfn.records import Cursor as Cursor, Grads as Grads, Model as Model
+    from fabricfn.replicas import check_replicas as check_replicas
     from fabricfn.reporting import print as print, rank_zero_first as rank_zero_first, run_once as run_once
     from fabricfn.runtimes import Runtime as Runtime
     from fabricfn.scaling import LossScale as LossScale
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
         shutdown as shutdown,
     )
     from fabricfn.states import Optimizer as Optimizer
+    from fabricfn.stopping import should_stop as should_stop
     from fabricfn.strategy import Strategy as Strategy
     from fabricfn.transfers import to_device as to_device
     from fabricfn.tree import tree_map as tree_map
@@ -128,10 +132,12 @@ else:
             " all_gather_object"
         ),
         "reporting": "print run_once rank_zero_first",
+        "replicas": "check_replicas",
+        "stopping": "should_stop",
         # what can go wrong
         "errors": (
             "FabricfnError ConfigurationError CapabilityError ModelError DonatedError GradientError MismatchError"
-            " LaunchError DataError CheckpointError"
+            " PeerError HangError LaunchError DataError CheckpointError"
         ),
         # trees and randomness
         "tree": "tree_map",

@@ -18,6 +18,7 @@ from fabricfn.losses import Buffers, Job, Reduce, Sums, collect, finish
 from fabricfn.precision import autocast_of
 from fabricfn.random import Key, seeded
 from fabricfn.records import Model
+from fabricfn.replicas import now_and_then
 from fabricfn.runs import counts_of, differentiate, one_ahead
 from fabricfn.runtimes import Runtime
 from fabricfn.watching import counted
@@ -79,7 +80,7 @@ def value_and_grad(
         loss, aux, grads = differentiate(rt, job, models, ((args, kwargs, True),), key)
         return (loss if aux is None else (loss, aux[0])), grads
 
-    return counted(rt.world, "value_and_grad", grad_fn, subject=_signature)
+    return counted(rt.world, "value_and_grad", now_and_then(rt, grad_fn), subject=_signature)
 
 
 def accumulate(
@@ -159,7 +160,7 @@ def accumulate(
         loss, aux, grads = differentiate(rt, job, models, one_ahead(microbatches), key)
         return (loss if aux is None else (loss, aux)), grads
 
-    return counted(rt.world, "accumulate", grad_fn, subject=_signature)
+    return counted(rt.world, "accumulate", now_and_then(rt, grad_fn), subject=_signature)
 
 
 def value(

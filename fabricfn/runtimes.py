@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from fabricfn.interrupts import StopFlag
 from fabricfn.precision import Precision
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
@@ -30,6 +31,8 @@ class Runtime:
     """Decides the order of data (see `batches`); keys are made from it by `ff.key(rt.seed)`."""
     owns_group: bool = False
     """Whether this runtime made the process group, which `shutdown` then destroys."""
+    stop: StopFlag | None = dataclasses.field(default=None, repr=False, compare=False)
+    """What the stop signals set; `should_stop` asks it. None outside the main thread."""
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,7 @@ FLOORS = (
     ("errors", "world", "tree"),  # words: exceptions, who am I, pytrees
     (
         "random",
+        "interrupts",
         "precision",
         "accelerators",
         "environments",
@@ -33,10 +34,11 @@ FLOORS = (
     ("losses", "copying", "streams"),  # what a loss function returns; nets of ours; data that only flow
     ("binding", "cutting", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
     ("runs", "building", "feeds", "votes", "ledgers"),  # one pass; a module to an engine; what a rank takes and adds
-    ("iterating", "canonical"),  # from a cursor to the end of the epoch; passes added up in one fixed tree
+    ("iterating", "canonical", "replicas"),  # from a cursor to the end of the epoch; passes added up in one fixed tree
     (
         "starting",
         "reporting",
+        "stopping",
         "model",
         "gathering",
         "modes",

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
+import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, SubprocessContext
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # pyright: ignore
@@ -29,6 +29,7 @@ from fabricfn.failures import Failure, first_cause
 from fabricfn.starting.meeting import DEFAULT_PORT
 from fabricfn.starting.nodes import Nodes, rendezvous_of
 from fabricfn.starting.request import Request
+from fabricfn.starting.signalling import own_signals
 
 GRACE = 5
 """Seconds that workers have to end after a signal, before they are killed."""
@@ -63,6 +64,8 @@ class _Agent(LocalElasticAgent):
     """When to stop waiting for the rank behind a lost connection, on the monotonic clock."""
     folder: Path = Path()
     """Where the attempts have their folders."""
+    grace: float = GRACE
+    """Seconds that the workers have to save and end after this process was told to end."""
     nodes: Nodes | None = None
     """How several nodes agree on restarts, where there can be any."""
 
@@ -75,6 +78,12 @@ class _Agent(LocalElasticAgent):
         if self.nodes is not None:
             self.nodes.end()
         super()._exit_barrier()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = GRACE) -> None:  # pyright: ignore
+        told = isinstance(sys.exc_info()[1], SignalException)  # else a worker failed: there is nothing to save
+        if told and isinstance(self._pcontext, MultiprocessContext):
+            self._pcontext._worker_finished_event.set()  # a worker that returns now need not wait until we read it
+        super()._shutdown(death_sig, self.grace if told else GRACE)  # pyright: ignore
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.ended = _ended(self._pcontext)
@@ -89,6 +98,10 @@ class _Agent(LocalElasticAgent):
         ):  # os._exit(0): torch's agent would wait for its result for ever
             return RunResult(state=WorkerState.FAILED)
         return result  # pyright: ignore[reportUnknownVariableType]
+
+    def pids(self) -> list[int]:
+        """The processes of the workers."""
+        return [] if self._pcontext is None else list(self._pcontext.pids().values())
 
     def attempt(self) -> Path:
         """The folder of the current attempt."""
@@ -159,20 +172,24 @@ def run_workers(
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
         start_method=start_method,
     )
-    agent._shutdown_timeout = GRACE
-    agent.folder = folder
+    agent.folder, agent.grace = folder, request.grace
     agent.nodes = handler if isinstance(handler, Nodes) else None
     settings = {STARTED_BY: started_by, FOLDER: str(folder)}
     if request.num_nodes == 1:
         settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if "OMP_NUM_THREADS" not in os.environ:
         settings["OMP_NUM_THREADS"] = str(threads_each(count))
-    with environment(settings), _own_signals(), _quiet():
+    with environment(settings), own_signals(request.stop_signals, agent.pids), _quiet():
         try:
             result: RunResult = agent.run()  # pyright: ignore
         except RendezvousClosedError:  # another node has ended, so there is no further attempt: what counts is the last
             result = RunResult(state=WorkerState.FAILED)
             agent._remaining_restarts += 1
+        except SignalException:
+            statuses = list(_ended(agent._pcontext).values())
+            if not text or statuses != [0] * count:
+                raise
+            result = RunResult(state=WorkerState.SUCCEEDED)  # a script whose ranks have saved and left
         finally:
             _end(agent._pcontext, before)
             if agent.nodes is not None:
@@ -241,21 +258,6 @@ def environment(settings: Mapping[str, str]) -> Generator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _own_signals() -> Generator[None]:
-    """The agent installs handlers and leaves them; put back what was there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fabricfn.accelerators import Choice, choose
 from fabricfn.environments import Topology, find
 from fabricfn.errors import ConfigurationError
+from fabricfn.interrupts import STOP_SIGNALS
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.starting.commanded import with_command_line
@@ -29,6 +30,8 @@ def init_runtime(
     seed: int | None = None,
     timeout: float | timedelta = 1800.0,
     debug: bool = False,
+    stop_signals: Sequence[str | int] = STOP_SIGNALS,
+    grace: float = 30.0,
     backend: str | None = None,
     node_rank: int | None = None,
     main_address: str | None = None,
@@ -69,6 +72,9 @@ def init_runtime(
         debug: compare everything that travels between ranks before it does (kind of call, dtypes, shapes, reduction),
             what DDP, FSDP and calls of `torch.distributed` send included; and every 100 steps the ranks' replicas.
             Small collectives take about twice as long: docs/failures.md.
+        stop_signals: names or numbers of the signals that `should_stop` answers; () for none. Handlers are installed in
+            the main thread alone, until `shutdown`; before the first call of `should_stop` they change nothing.
+        grace: where this process starts the ranks: how many seconds they may go on after it got SIGTERM, to save.
         backend: of torch.distributed; None is gloo for CPU tensors and the device's own for its tensors.
         node_rank: which machine this is, 0 .. num_nodes - 1; needed without a launcher when num_nodes > 1.
         main_address: the host name of the machine with node_rank 0; likewise. It replaces what a rule gave (SLURM's
@@ -100,6 +106,8 @@ def init_runtime(
         seed=seed,
         timeout=timeout,
         debug=debug,
+        stop_signals=stop_signals,
+        grace=grace,
         backend=backend,
         node_rank=node_rank,
         main_address=main_address,

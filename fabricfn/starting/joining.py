@@ -20,6 +20,7 @@ from fabricfn.accelerators import Choice, available, describe, device_of
 from fabricfn.environments import Topology
 from fabricfn.errands import finish
 from fabricfn.errors import ConfigurationError
+from fabricfn.interrupts import install, uninstall
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.starting.meeting import open_store, settle
@@ -139,6 +140,7 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
         environment=topology.name,
         seed=request.seed or 0,
         owns_group=owns_group,
+        stop=install(request.stop_signals),
     )
     if owns_group:
         # Four gloo ranks that leave without destroying their group: 5 of 6 runs ended in SIGABRT.
@@ -213,6 +215,7 @@ def shutdown(rt: Runtime) -> None:
     try:
         finish(rt.world)
     finally:
+        uninstall(rt.stop)
         if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.group:
             say_goodbye(sys.exc_info()[1] or getattr(sys, "last_value", None))
             dist.destroy_process_group()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fabricfn.accelerators import Choice, available, choose
 from fabricfn.environments import Topology
 from fabricfn.errors import ConfigurationError
+from fabricfn.interrupts import STOP_SIGNALS, numbers_of
 from fabricfn.precision import Precision, check_name
 from fabricfn.strategies import resolve
 from fabricfn.strategy import Strategy
@@ -28,6 +29,8 @@ class Request:
     seed: int | None = None
     timeout: float | timedelta = 1800.0
     debug: bool = False
+    stop_signals: Sequence[str | int] = STOP_SIGNALS
+    grace: float = 30.0
     backend: str | None = None
     node_rank: int | None = None
     main_address: str | None = None
@@ -68,6 +71,9 @@ def choice_of(request: Request) -> Choice:
             raise ConfigurationError(f"{name}={value!r} must be a whole number, at least {least}.")
     if seconds(request.timeout) <= 0:
         raise ConfigurationError(f"timeout={request.timeout!r} must be a positive number of seconds.")
+    numbers_of(request.stop_signals)
+    if request.grace < 0:
+        raise ConfigurationError(f"grace={request.grace!r} must be a number of seconds, 0 or more.")
     Precision.parse(request.precision)
     choice = choose(request.accelerator, request.devices, available())
     check_name(request.precision, choice.accelerator)
