@@ -81,7 +81,12 @@ if TYPE_CHECKING:
     from fabricfn.random import Key as Key, fold_in as fold_in, key as key, split as split
     from fabricfn.records import Cursor as Cursor, Grads as Grads, Model as Model
     from fabricfn.replicas import check_replicas as check_replicas
-    from fabricfn.reporting import print as print, rank_zero_first as rank_zero_first, run_once as run_once
+    from fabricfn.reporting import (
+        is_shared_filesystem as is_shared_filesystem,
+        print as print,
+        rank_zero_first as rank_zero_first,
+        run_once as run_once,
+    )
     from fabricfn.runtimes import Runtime as Runtime
     from fabricfn.scaling import LossScale as LossScale
     from fabricfn.starting import (
@@ -131,7 +136,7 @@ else:
             "all_reduce all_gather broadcast reduce_scatter gather scatter all_to_all send recv barrier"
             " all_gather_object"
         ),
-        "reporting": "print run_once rank_zero_first",
+        "reporting": "print run_once rank_zero_first is_shared_filesystem",
         "replicas": "check_replicas",
         "stopping": "should_stop",
         # what can go wrong

@@ -2,35 +2,32 @@
 
 [Note: board] Every rank has a region. In it stand its process, how many collective calls it has made and where it is
 now; then the last calls, one a slot, so that another rank can compare its own call of the same number. Writing and
-reading cost no system call. The memory belongs to a file without a name (or in the private folder of the job), which is
-gone with the last process that has it open, whatever ends it.
+reading cost no system call. What others decide by is always one word of 64 bits, written at once: they may look at any
+moment, and must never see half of a call. The memory belongs to a file without a name (or in the private folder of the
+job), which is gone with the last process that has it open, whatever ends it.
 """
 
 import contextlib
 import dataclasses
 import mmap
 import os
-import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from fabricfn.world import World
 
-HEAD = struct.Struct("=qqqqqq")
-"""Rank, process, descriptor of the stack file, number of calls, state, since when (monotonic nanoseconds)."""
-NOW = struct.Struct("=qqq")
-"""The last three of them."""
-SLOT = struct.Struct("=qq128s")
-"""Number of the call, digest of its name, its name and line."""
-MARK = struct.Struct("=qq")
-"""The first two of them."""
-WORDS = 1000
-"""Bytes that a rank has for how it failed."""
+PID, RANK, STACK_FILE, CALLS, STATE, SINCE = range(6)
+"""The words of a region's head: process, rank, descriptor of the stack file, number of calls, state, since when."""
+TOLD, WORDS = 48, 1000
+"""Where a rank says how it failed, and the bytes that it has for it."""
+FIRST = TOLD + WORDS
+"""Where the calls begin: each is one word, and the text for a message."""
+TEXT = 128
+SLOT = 8 + TEXT
 SLOTS = 32
 """So many of its last calls does a rank leave to be compared."""
-FIRST = HEAD.size + WORDS
-REGION = FIRST + SLOTS * SLOT.size
+REGION = FIRST + SLOTS * SLOT
 
 AT_WORK, IN_CALL, LEFT, FAILED, LOST = range(5)
 """In the user's own code; in a collective call; shut down; ended by an error; by the loss of another rank."""
@@ -105,26 +102,41 @@ def _nameless(world: World, store: Any) -> int:
         store.set(f"{key}/{world.local_rank}", "open")
 
 
-def read(memory: Any, base: int) -> Place:
-    """Where the rank is whose region begins at `base`."""
-    rank, pid, stack_file, calls, state, since = HEAD.unpack_from(memory, base)
-    words = bytes(memory[base + HEAD.size : base + FIRST])
-    _, _, call = SLOT.unpack_from(memory, base + FIRST + calls % SLOTS * SLOT.size)
-    return Place(
-        rank=rank,
-        pid=pid,
-        stack_file=stack_file,
-        calls=calls,
-        state=state,
-        since=since,
-        call=text_of(call) if calls else "",
-        words=text_of(words),
-    )
+class Board:
+    """The shared memory as words and as bytes."""
+
+    __slots__ = ("data", "words")
+
+    def __init__(self, memory: Any) -> None:
+        self.data = memoryview(memory)
+        self.words = self.data.cast("q")
+
+    def write_text(self, at: int, text: bytes, size: int) -> None:
+        """Put text of up to `size` bytes somewhere."""
+        self.data[at : at + size] = text[:size].ljust(size, b"\0")
+
+    def read_text(self, at: int, size: int) -> str:
+        """The text that stands there."""
+        return bytes(self.data[at : at + size]).rstrip(b"\0").decode("utf-8", "replace")
+
+    def read(self, base: int) -> Place:
+        """Where the rank is whose region begins at `base`."""
+        pid, rank, stack_file, calls, state, since = self.words[base // 8 : base // 8 + 6].tolist()
+        return Place(
+            rank=rank,
+            pid=pid,
+            stack_file=stack_file,
+            calls=calls,
+            state=state,
+            since=since,
+            call=self.read_text(base + slot(calls) + 8, TEXT) if calls else "",
+            words=self.read_text(base + TOLD, WORDS),
+        )
 
 
-def text_of(data: bytes) -> str:
-    """Without the zeros at its end."""
-    return data.rstrip(b"\0").decode("utf-8", "replace")
+def slot(number: int) -> int:
+    """Where in a region the call of this number stands."""
+    return FIRST + number % SLOTS * SLOT
 
 
 def is_running(pid: int) -> bool:

@@ -22,7 +22,7 @@ def explained(watch: Watch, error: Exception) -> Exception:
         watch: this rank's, inside the call that failed.
         error: what the back end raised.
     """
-    if isinstance(error, FabricfnError) or not is_consequence(error):
+    if isinstance(error, MismatchError | PeerError) or not is_consequence(error):
         return error
     late = "timed out" in str(error).lower()
     deadline = time.monotonic() + PATIENCE
@@ -30,6 +30,9 @@ def explained(watch: Watch, error: Exception) -> Exception:
         time.sleep(0.02)
     if found is None:
         found = hang(watch) if late else lost(watch)
+    if isinstance(error, FabricfnError):  # a save that failed: it stays one
+        error.add_note(str(found))
+        return error
     found.add_note(f"The back end's own words: {str(error).strip()}")
     return found
 

@@ -17,8 +17,26 @@ from typing import Any
 
 from fabricfn.errors import MismatchError
 from fabricfn.failures import is_consequence
-from fabricfn.watching import board
-from fabricfn.watching.board import AT_WORK, FAILED, FIRST, HEAD, IN_CALL, LEFT, LOST, MARK, NOW, REGION, SLOT, SLOTS
+from fabricfn.watching.board import (
+    AT_WORK,
+    CALLS,
+    FAILED,
+    IN_CALL,
+    LEFT,
+    LOST,
+    PID,
+    RANK,
+    REGION,
+    SINCE,
+    STACK_FILE,
+    STATE,
+    TEXT,
+    TOLD,
+    WORDS,
+    Board,
+    Place,
+    slot,
+)
 from fabricfn.watching.stacks import deaf, listen, short
 from fabricfn.world import World
 
@@ -33,8 +51,8 @@ Key = tuple[int, int, str, int]
 class Watch:
     """What this rank tells the others of its node, and knows of them. One for each process group."""
 
-    __slots__ = (*("base", "busy", "calls", "debug", "fence", "group", "limit", "local_rank", "memory"), "others")
-    __slots__ += ("__weakref__", "pid", "rank", "sites", "stack_file", "thread", "world_size")
+    __slots__ = ("__weakref__", "base", "board", "busy", "calls", "debug", "fence", "group", "head", "limit", "others")
+    __slots__ += ("pid", "rank", "sites", "stack_file", "thread", "words", "world_size")
 
     def __init__(self, world: World, memory: Any, limit: float, *, debug: bool = False) -> None:
         """The watch of this process.
@@ -45,17 +63,21 @@ class Watch:
             limit: how long a collective waits, in seconds.
             debug: whether everything that travels is compared, too.
         """
-        self.rank, self.world_size, self.local_rank = world.rank, world.world_size, world.local_rank
-        self.group, self.limit, self.debug = world.group, limit, debug
-        self.memory = bytearray(REGION * (world.local_rank + 1)) if memory is None else memory
-        self.others = [i * REGION for i in range(world.local_world_size) if i != world.local_rank and memory]
-        self.base, self.calls, self.busy = world.local_rank * REGION, 0, False
-        self.fence = threading.Lock()
+        self.rank, self.world_size, self.group = world.rank, world.world_size, world.group
+        self.limit, self.debug = limit, debug
+        alone = memory is None
+        self.board = Board(bytearray(REGION) if alone else memory)
+        self.words = self.board.words
+        self.base = 0 if alone else world.local_rank * REGION
+        self.head = self.base // 8
+        self.others = [] if alone else [i * REGION for i in range(world.local_world_size) if i != world.local_rank]
+        self.calls, self.busy, self.fence = 0, False, threading.Lock()
         self.thread, self.pid = threading.get_ident(), os.getpid()
         self.sites: dict[Key, tuple[Any, int, bytes]] = {}
         self.stack_file = listen() if threading.current_thread() is threading.main_thread() else -1
-        now = time.monotonic_ns()
-        HEAD.pack_into(self.memory, self.base, self.rank, self.pid, self.stack_file, 0, AT_WORK, now)
+        for field, value in ((RANK, self.rank), (STACK_FILE, self.stack_file), (SINCE, time.monotonic_ns())):
+            self.words[self.head + field] = value
+        self.words[self.head + PID] = self.pid
 
     def begin(self, name: str, subject: Any = "", *, apart: bool = False) -> bool:
         """Write down a call. Returns False inside another one, and on other threads, where nothing is counted.
@@ -76,14 +98,18 @@ class Watch:
         key = (0, 0, name, 0) if frame is None else (id(frame.f_code), frame.f_lineno, name, id(subject))
         _, digest, text = self.sites.get(key) or self._site(key, frame, subject, apart)
         calls = self.calls = self.calls + 1
-        slot = FIRST + calls % SLOTS * SLOT.size
-        SLOT.pack_into(self.memory, self.base + slot, calls, digest, text)
-        NOW.pack_into(self.memory, self.base + 24, calls, IN_CALL, time.monotonic_ns())
+        at, words, head = slot(calls), self.words, self.head
+        mark = (calls & 0x7FFFFFFF) << 32 | digest
+        self.board.data[self.base + at + 8 : self.base + at + 8 + TEXT] = text
+        words[(self.base + at) // 8] = mark
+        words[head + SINCE] = time.monotonic_ns()
+        words[head + STATE] = IN_CALL
+        words[head + CALLS] = calls
         with self.fence:  # a barrier of memory: of two ranks that come at once, at least one sees the other's call
             pass
         for base in self.others:
-            number, theirs = MARK.unpack_from(self.memory, base + slot)
-            if number == calls and theirs != digest and not theirs & digest & 1:
+            theirs = words[(base + at) // 8]
+            if theirs != mark and theirs >> 32 == mark >> 32 and not theirs & digest & 1:
                 problem = self.disagreement(base)
                 self.end()
                 raise MismatchError(problem)
@@ -93,40 +119,40 @@ class Watch:
     def end(self) -> None:
         """The call is over."""
         self.busy = False
-        NOW.pack_into(self.memory, self.base + 24, self.calls, AT_WORK, time.monotonic_ns())
+        self.words[self.head + SINCE] = time.monotonic_ns()
+        self.words[self.head + STATE] = AT_WORK
 
     def leave(self, error: BaseException | None = None) -> None:
         """Say that this rank makes no further call, since it is done or because of `error`."""
-        mine = self.mine()
-        if mine.state >= LEFT or os.getpid() != self.pid:
+        if self.mine().state >= LEFT or os.getpid() != self.pid:
             return
         state = LEFT
         if error is not None:
             state = LOST if is_consequence(error) else FAILED
-            words = f"{type(error).__name__}: {error}".encode("utf-8", "replace")[: board.WORDS]
-            self.memory[self.base + HEAD.size : self.base + HEAD.size + len(words)] = words
-        HEAD.pack_into(self.memory, self.base, self.rank, self.pid, -1, self.calls, state, time.monotonic_ns())
+            self.board.write_text(self.base + TOLD, f"{type(error).__name__}: {error}".encode(errors="replace"), WORDS)
+        self.words[self.head + STACK_FILE] = -1
+        self.words[self.head + SINCE] = time.monotonic_ns()
+        self.words[self.head + STATE] = state
         deaf(self.stack_file)
 
-    def mine(self) -> board.Place:
+    def mine(self) -> Place:
         """Where this rank is."""
-        return board.read(self.memory, self.base)
+        return self.board.read(self.base)
 
-    def places(self) -> list[board.Place]:
+    def places(self) -> list[Place]:
         """Where the others of this node are, as far as they have begun."""
-        found = [board.read(self.memory, base) for base in self.others]
-        return [place for place in found if place.pid]
+        return [place for place in map(self.board.read, self.others) if place.pid]
 
     def disagreement(self, base: int) -> str | None:
         """How the call of this rank differs from the other's of the same number; None if it does not."""
-        slot = FIRST + self.calls % SLOTS * SLOT.size
-        number, digest, text = SLOT.unpack_from(self.memory, base + slot)
-        _, own, own_text = SLOT.unpack_from(self.memory, self.base + slot)
-        if number != self.calls or digest == own:
+        at = slot(self.calls)
+        mine, theirs = self.words[(self.base + at) // 8], self.words[(base + at) // 8]
+        if theirs == mine or theirs >> 32 != mine >> 32:
             return None
-        rank = board.read(self.memory, base).rank
-        both = sorted([(rank, board.text_of(text)), (self.rank, board.text_of(own_text))])
-        lines = "".join(f"\n  rank {rank}: {call}" for rank, call in both)
+        found = sorted(
+            (self.board.read(start).rank, self.board.read_text(start + at + 8, TEXT)) for start in (self.base, base)
+        )
+        lines = "".join(f"\n  rank {rank}: {call}" for rank, call in found)
         return (
             "Every rank must make the same collective calls in the same order, but (seen on rank"
             f" {self.rank}) call {self.calls} is{lines}"
@@ -138,9 +164,9 @@ class Watch:
         what = str(subject)
         name = f"{key[2]} of {_brief(subject)}" if what else key[2]
         where = "" if frame is None else f" at {short(frame.f_code.co_filename)[-80:]}:{frame.f_lineno}"
-        text = (name.encode()[: 127 - len(where.encode())] + where.encode())[:127]
+        text = (name.encode()[: TEXT - len(where.encode())] + where.encode())[:TEXT].ljust(TEXT, b"\0")
         kept = (subject, None if frame is None else frame.f_code)  # so that their ids stay their own
-        found = self.sites[key] = (kept, zlib.crc32(f"{key[2]} of {what}".encode()) << 1 | apart, text)
+        found = self.sites[key] = (kept, (zlib.crc32(f"{key[2]} of {what}".encode()) & 0x7FFFFFFF) << 1 | apart, text)
         return found
 
 
