@@ -101,7 +101,7 @@ def _digest(leaf: Any) -> int:
         return 0
     data = leaf.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
     if data.device.type == "cpu":
-        return zlib.crc32(memoryview(data.numpy()))
+        return zlib.crc32(cast(Any, data.numpy()))
     return _mixed(data)
 
 
@@ -110,6 +110,7 @@ def _mixed(data: torch.Tensor) -> int:
     words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
     odd = torch.arange(min(WORDS, words.numel()), device=data.device) * 2 + 1
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for place, part in enumerate(words.split(WORDS)):
+    parts = cast("tuple[torch.Tensor, ...]", torch.split(words, WORDS))
+    for place, part in enumerate(parts):
         total = total * 31 + (part * odd[: part.numel()]).sum() + place
     return int(total.item())

@@ -39,8 +39,10 @@ INPUTS: dict[str, int | None] = {
 """The methods of a group that all ranks call, and which argument holds tensors that are alike on all of them."""
 ROOTED = ("broadcast", "reduce", "gather", "scatter", "barrier")
 """Calls that different lines of a program often share: the one of the root, and the others'."""
-PASSED = ("send", "recv", "recv_anysource", "abort", "shutdown", "set_timeout", "monitored_barrier")
-PASSED += ("_start_coalescing", "_end_coalescing", "_set_sequence_number_for_group", "_get_backend", "_has_hooks")
+PASSED = (
+    *("send", "recv", "recv_anysource", "abort", "shutdown", "set_timeout", "monitored_barrier"),
+    *("_start_coalescing", "_end_coalescing", "_set_sequence_number_for_group", "_get_backend", "_has_hooks"),
+)
 
 
 class CheckedGroup(Base):
@@ -148,7 +150,11 @@ def describe(method: str, args: Sequence[Any]) -> str:
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for one in value for tensor in _tensors(one)] if isinstance(value, (list, tuple)) else []
+    return (
+        [tensor for one in cast("list[Any]", value) for tensor in _tensors(one)]
+        if isinstance(value, list | tuple)
+        else []
+    )
 
 
 def user_line() -> str:

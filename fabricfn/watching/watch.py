@@ -51,8 +51,10 @@ Key = tuple[int, int, str, int]
 class Watch:
     """What this rank tells the others of its node, and knows of them. One for each process group."""
 
-    __slots__ = ("__weakref__", "base", "board", "busy", "calls", "debug", "fence", "group", "head", "limit", "others")
-    __slots__ += ("pid", "rank", "sites", "stack_file", "thread", "words", "world_size")
+    __slots__ = (
+        *("__weakref__", "base", "board", "busy", "calls", "debug", "fence", "group", "head", "limit", "others"),
+        *("pid", "rank", "sites", "stack_file", "thread", "words", "world_size"),
+    )
 
     def __init__(self, world: World, memory: Any, limit: float, *, debug: bool = False) -> None:
         """The watch of this process.
