@@ -110,7 +110,6 @@ def _mixed(data: torch.Tensor) -> int:
     words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
     odd = torch.arange(min(WORDS, words.numel()), device=data.device) * 2 + 1
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    parts = cast("tuple[torch.Tensor, ...]", torch.split(words, WORDS))
-    for place, part in enumerate(parts):
+    for place, part in enumerate(torch.split(words, WORDS)):
         total = total * 31 + (part * odd[: part.numel()]).sum() + place
     return int(total.item())
