@@ -65,6 +65,10 @@ def one_step_more(rt, folder):
     ff.barrier(rt, "end of epoch")
 
 
+LINE = one_step_more.__code__.co_firstlineno + 9
+"""Of its barrier."""
+
+
 def models_in_another_order(rt, folder):
     small, grad_fn, x = prepared(rt)
     large, _, y = prepared(rt, 5)
@@ -93,7 +97,7 @@ def exact_value_on_one_rank(rt, folder):
     [
         (gradients_against_all_reduce, {0: "value_and_grad", 1: "all_reduce"}),
         (save_on_one_rank, {0: "save", 1: "value_and_grad"}),
-        (one_step_more, {0: "value_and_grad", 1: r"barrier\('end of epoch'\)"}),
+        (one_step_more, {0: "value_and_grad", 1: rf"barrier\('end of epoch'\) at .*:{LINE}$"}),
         (models_in_another_order, {0: r"value_and_grad of a model \(weight \[3, 3\]", 1: r".*weight \[5, 5\]"}),
         (one_update_less, {0: "optimizer_step", 1: "value_and_grad"}),
         (exact_value_on_one_rank, {0: "run_once", 1: "value"}),
@@ -107,13 +111,7 @@ def test_calls_that_differ_are_named_on_both_ranks(work, calls, tmp_path):
         ff.launch(work, tmp_path, **TWO)
     assert time.monotonic() - began < 20
     for rank, call in calls.items():
-        assert re.search(rf"rank {rank}: {call}.* at .*{HERE}:\d+", str(caught.value)), caught.value
-
-
-def test_the_line_is_that_of_the_call():
-    line = one_step_more.__code__.co_firstlineno + 9
-    with pytest.raises(MismatchError, match=rf"rank 1: barrier\('end of epoch'\) at .*{HERE}:{line}\b"):
-        ff.launch(one_step_more, None, **TWO)
+        assert re.search(rf"(?m)^  rank {rank}: (?=.* at .*{HERE}:\d+$){call}", str(caught.value)), caught.value
 
 
 def test_trees_that_differ_are_still_an_error_on_both_ranks():
@@ -179,6 +177,7 @@ def test_a_script_whose_rank_leaves_says_so_and_not_that_a_connection_closed(by)
 
 
 def caught_by_rank_zero(rt, folder, end):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent ends the others as soon as it sees that one is gone
     model, grad_fn, x = prepared(rt)
     if rt.rank == 1:
         end()
@@ -307,7 +306,7 @@ def test_under_debug_every_collective_of_torch_is_compared():
             assert re.search(rf"seen on rank {rank}\)\n  rank 0: .*{kind}", text, flags=re.DOTALL), text
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "functional", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_under_debug_a_step_gives_the_same_bits(strategy):
     def inside(rt):
         model, grad_fn, x = prepared(rt)

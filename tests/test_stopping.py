@@ -51,15 +51,6 @@ def test_a_signal_to_the_script_lets_all_ranks_leave_at_the_same_step(number, tm
     assert len(set(left(tmp_path))) == 1
 
 
-def test_a_signal_to_one_rank_alone_is_heard_by_all(tmp_path):
-    process, pids = start(tmp_path, "ask")
-    os.kill(pids[1], signal.SIGTERM)
-    _, told = process.communicate(timeout=20)
-    assert (process.returncode, told) == (0, "")
-    assert len(left(tmp_path)) == 2
-    assert len(set(left(tmp_path))) == 1
-
-
 def test_under_torchrun_the_ranks_leave_too(tmp_path):
     process, _ = start(tmp_path, "ask", by=TORCHRUN)
     process.send_signal(signal.SIGTERM)
@@ -96,13 +87,14 @@ def test_ranks_that_do_not_leave_within_the_grace_are_killed(tmp_path):
     assert left(tmp_path) == []
 
 
-def test_a_handler_of_the_users_own_is_called_too_and_put_back(tmp_path):
+def test_a_signal_to_one_rank_alone_is_heard_by_all_and_a_handler_of_the_users_own_is_called_too(tmp_path):
     process, pids = start(tmp_path, "chained")
-    for pid in pids:
-        os.kill(pid, signal.SIGTERM)
+    os.kill(pids[1], signal.SIGTERM)
     _, told = process.communicate(timeout=20)
     assert (process.returncode, told) == (0, "")
-    assert all((tmp_path / f"own-{pid}").exists() for pid in pids)
+    assert len(left(tmp_path)) == 2
+    assert len(set(left(tmp_path))) == 1
+    assert [(tmp_path / f"own-{pid}").exists() for pid in pids] == [False, True]
 
 
 # One process
