@@ -36,6 +36,10 @@ class PeerError(FabricfnError, RuntimeError):
     """Another rank has failed, died or cannot be reached, so this one cannot go on."""
 
 
+class LeftError(MismatchError, PeerError):
+    """Another rank has left before the call that this one makes: fewer calls, or a `sys.exit` of its own."""
+
+
 class HangError(PeerError):
     """Another rank did not answer within the limit, `init_runtime(timeout=...)`."""
 

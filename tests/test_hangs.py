@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import fabricfn as ff
-from fabricfn.errors import HangError, LaunchError, MismatchError, PeerError
+from fabricfn.errors import HangError, LaunchError, LeftError, MismatchError, PeerError
 from fabricfn.failures import is_consequence
 
 TWO = {"devices": 2, "accelerator": "cpu", "timeout": 60}
@@ -160,9 +160,15 @@ def test_a_rank_that_returned_earlier_is_named():
         for _ in range(4 - rt.rank):
             grad_fn(model, x)
 
-    with pytest.raises(MismatchError, match=r"\(call 5\) for rank 1, which has left.* made 4") as caught:
+    with pytest.raises(LeftError, match=r"\(call 5\) for rank 1, which has left.* made 4") as caught:
         ff.launch(inside, **TWO)
     assert "could only be ended" in "".join(caught.value.__notes__)
+
+
+def test_a_rank_that_left_by_an_error_of_its_own_outranks_those_that_missed_it():
+    assert is_consequence(LeftError("rank 1, which has left"))
+    assert not is_consequence(MismatchError("other calls"))
+    assert issubclass(LeftError, MismatchError)
 
 
 @pytest.mark.parametrize("by", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")])
@@ -171,7 +177,7 @@ def test_a_script_whose_rank_leaves_says_so_and_not_that_a_connection_closed(by)
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environ, text=True, capture_output=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert re.search(r"(?m)^(\[rank0\]: )?fabricfn.errors.MismatchError: .*rank 1, which has left", done.stderr)
+    assert re.search(r"(?m)^(\[rank0\]: )?fabricfn.errors.LeftError: .*rank 1, which has left", done.stderr)
     assert "Rank 1 has made 1 collective call, the last one setup_model at" in done.stderr
     assert not re.search(r"(?m)^(\[rank0\]: )?RuntimeError", done.stderr)
 

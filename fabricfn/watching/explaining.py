@@ -3,7 +3,7 @@
 import os
 import time
 
-from fabricfn.errors import FabricfnError, HangError, MismatchError, PeerError
+from fabricfn.errors import FabricfnError, HangError, LeftError, MismatchError, PeerError
 from fabricfn.failures import is_consequence
 from fabricfn.watching.board import FAILED, LEFT, LOST, Place
 from fabricfn.watching.stacks import stack_of, standing
@@ -54,7 +54,7 @@ def cause(watch: Watch) -> FabricfnError | None:
             )
     for place in places:
         if place.state == LEFT and place.calls < mine.calls:
-            return MismatchError(
+            return LeftError(
                 f"Every rank must make the same collective calls in the same order, but {_waited(mine)} rank"
                 f" {place.rank}, which has left. {_told(place)} Loaders of ff.setup_dataloader have the same number of"
                 " steps on every rank; a call under `if rt.rank == 0:` is not made on the others."
