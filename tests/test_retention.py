@@ -282,3 +282,13 @@ def test_a_checkpoint_that_takes_the_place_meanwhile_is_not_deleted(tmp_path, mo
     assert ff.prune_checkpoints(RT, tmp_path, last=1) == []
     assert ff.load(RT, tmp_path / "step-1") == {"step": "new"}
     assert names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_what_a_killed_save_had_put_aside_does_not_come_back_for_a_deleted_one(tmp_path):
+    saved(tmp_path, 1)
+    aside = tmp_path / f".old-step-1-{ff.inspect_checkpoint(tmp_path / 'step-1').save_id}"
+    shutil.copytree(tmp_path / "step-1", aside)  # as a save leaves it that is killed right after its second rename
+    saved(tmp_path, 2)
+    assert ff.prune_checkpoints(RT, tmp_path, last=1) == [tmp_path / "step-1"]
+    assert ff.list_checkpoints(tmp_path) == [tmp_path / "step-2"]
+    assert names(tmp_path) == ["step-2"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.commit import check_target
+from fabricfn.checkpoint.commit import check_target, sweep
 from fabricfn.checkpoint.listing import list_checkpoints
 from fabricfn.checkpoint.manifest import ARRAYS, MANIFEST, Manifest, path_text, paths_of, plain_value
 from fabricfn.checkpoint.objects import local_path
@@ -219,6 +219,7 @@ def _discard(one: _Standing) -> bool:
         return False
     aside = place
     if place == one.path:
+        sweep(place, "old")  # what a killed save put aside for this one would come back in its place
         aside = place.parent / f".old-{place.name}-{one.manifest.save_id}"
         os.rename(place, aside)
         with contextlib.suppress(CheckpointError), opened(aside, say=False) as source:
