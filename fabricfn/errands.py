@@ -30,6 +30,7 @@ class Errand:
     """Names it in messages."""
     pid: int = dataclasses.field(default_factory=os.getpid)
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+    thread: threading.Thread | None = None
     result: Any = None
     error: BaseException | None = None
     taken: bool = False
@@ -55,19 +56,27 @@ def begin(world: World, what: str, work: Callable[[], Any], kept: Any = None) ->
 
     _attend_exit()
     _errands.append(errand)
+    # a daemon, so that a second Ctrl-C ends a process whose disk hangs
+    thread = threading.Thread(target=run, name=what, daemon=True)
     try:
-        # a daemon, so that a second Ctrl-C ends a process whose disk hangs
-        threading.Thread(target=run, name=what, daemon=True).start()
+        thread.start()
+        errand.thread = thread
     except RuntimeError:  # no more threads: the other ranks wait for this one, so it is done here
         run()
     return errand
+
+
+def _wait(errand: Errand) -> None:
+    errand.ended.wait()
+    if errand.thread is not None:
+        errand.thread.join()  # a daemon that is on its last lines when Python ends would abort the process
 
 
 def outcome(errand: Errand) -> Any:
     """What the errand returned or raised, as often as it is asked for; waits for its end."""
     if errand.pid != os.getpid():
         raise FabricfnError(f"{errand.what} goes on in the process that began it, not in this child of it.")
-    errand.ended.wait()
+    _wait(errand)
     errand.taken = True
     if errand.error is not None:
         raise errand.error
@@ -83,7 +92,7 @@ def settled(world: World) -> tuple[BaseException | None, Any]:
     error, kept = None, None
     for errand in [errand for errand in _errands if errand.world == world]:
         if errand.pid == os.getpid():
-            errand.ended.wait()
+            _wait(errand)
             if errand.error is not None and not errand.taken:
                 error, errand.taken = errand.error, True
             kept, errand.kept = errand.kept, None
