@@ -36,6 +36,8 @@ class Errand:
     """Whether somebody was given the error."""
     kept: Any = None
     """What the next errand of the world is given: memory that has been used before."""
+    thread: threading.Thread | None = None
+    """Runs it; None where no thread could be had."""
 
 
 _errands: list[Errand] = []
@@ -57,7 +59,9 @@ def begin(world: World, what: str, work: Callable[[], Any], kept: Any = None) ->
     _errands.append(errand)
     try:
         # a daemon, so that a second Ctrl-C ends a process whose disk hangs
-        threading.Thread(target=run, name=what, daemon=True).start()
+        thread = threading.Thread(target=run, name=what, daemon=True)
+        thread.start()
+        errand.thread = thread
     except RuntimeError:  # no more threads: the other ranks wait for this one, so it is done here
         run()
     return errand
@@ -84,6 +88,9 @@ def settled(world: World) -> tuple[BaseException | None, Any]:
     for errand in [errand for errand in _errands if errand.world == world]:
         if errand.pid == os.getpid():
             errand.ended.wait()
+            if errand.thread is not None:
+                # It lets go of what it held, in frames of C++ that abort when Python ends beneath them.
+                errand.thread.join()
             if errand.error is not None and not errand.taken:
                 error, errand.taken = errand.error, True
             kept, errand.kept = errand.kept, None

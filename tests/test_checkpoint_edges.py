@@ -146,3 +146,33 @@ def test_windows_that_overlap_cannot_be_filled(tmp_path):
     for like in (torch.zeros(3, 2).t(), torch.zeros(2, 9)[:, ::3], torch.zeros(3, 1, 2).transpose(0, 2)[:, 0]):
         ff.load(RT, tmp_path / "c", {"x": like}, donate=True)
         assert like.flatten().tolist() == list(range(6))
+
+
+class Held:
+    """Work that takes a while to be let go of."""
+
+    def __init__(self):
+        self.begun, self.asked, self.gone = threading.Event(), threading.Event(), threading.Event()
+
+    def work(self):
+        begun, asked, gone = self.begun, self.asked, self.gone
+
+        class Work:
+            def __call__(self):
+                assert begun.wait(20)
+
+            def __del__(self):
+                asked.wait(20)
+                gone.set()
+
+        return Work()
+
+
+def test_the_end_of_a_save_is_the_end_of_its_thread():
+    held = Held()
+    errand = errands.begin(RT.world, "a save", held.work())
+    held.begun.set()
+    assert errand.ended.wait(20)
+    threading.Timer(0.1, held.asked.set).start()
+    assert errands.finish_all() == []
+    assert held.gone.is_set(), "Python would end while the thread lets go of tensors, and abort"
