@@ -30,13 +30,14 @@ class Errand:
     """Names it in messages."""
     pid: int = dataclasses.field(default_factory=os.getpid)
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
-    thread: threading.Thread | None = None
     result: Any = None
     error: BaseException | None = None
     taken: bool = False
     """Whether somebody was given the error."""
     kept: Any = None
     """What the next errand of the world is given: memory that has been used before."""
+    thread: threading.Thread | None = None
+    """Runs it; None where no thread could be had."""
 
 
 _errands: list[Errand] = []

@@ -474,7 +474,7 @@ def test_where_folders_cannot_be_exchanged_the_old_one_is_put_aside(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [aside.name, "c"]
 
     shutil.rmtree(target)  # as after a kill between the two renames
-    with pytest.warns(UserWarning, match="was being replaced when the save was killed"):
+    with pytest.warns(UserWarning, match="was being replaced or removed when that was killed"):
         assert ff.load(RT, target)["n"] == 1
     assert ff.list_checkpoints(tmp_path) == [target]
     assert ff.latest(tmp_path) == target

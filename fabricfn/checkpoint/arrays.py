@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fabricfn.checkpoint.manifest import BLOCK, DTYPES, RAW_DTYPES, Leaf, class_of
+from fabricfn.checkpoint.manifest import BLOCK, DTYPES, NUMPY, RAW_DTYPES, Leaf, class_of, too_large
 from fabricfn.checkpoint.placements import Unmapped, layout_of, local_tensor, parts_of
 from fabricfn.sharding import is_sharded
 
@@ -20,6 +20,7 @@ WRITE_INSTEAD: tuple[tuple[Any, str], ...] = (
     ((set, frozenset), "sorted(value)"),
     (enum.Enum, "value.name, and Class[name] when it is back"),
     (os.PathLike, "str(path)"),
+    (np.ndarray, "np.asarray(value)"),
     ((dict, list, tuple), "dict(value), list(value), tuple(value)"),
     ((int, float, str, bytes), "the plain value: int(value), str(value), ..."),
 )
@@ -43,7 +44,7 @@ def array_leaf(value: Any, host: bool) -> Leaf | str | None:
         return _tensor_leaf(value, host)
     if kind is np.ndarray or issubclass(kind, np.generic):
         name = str(value.dtype.name)
-        if name not in DTYPES and name not in RAW_DTYPES:
+        if name not in NUMPY:
             return f"a numpy {kind.__name__} of dtype {value.dtype} cannot be stored. Write a list, or numbers."
         if not value.dtype.isnative:
             return f"a numpy {kind.__name__} of foreign byte order ({value.dtype.str}). Write value.astype({name!r})."
@@ -65,6 +66,8 @@ def _tensor_leaf(value: torch.Tensor, host: bool) -> Leaf | str:
         return "a tensor on the meta device has no values. Write value.to_empty(device=...) and fill it."
     if name not in DTYPES and name not in RAW_DTYPES:
         return f"a tensor of dtype {name} cannot be stored. Write another dtype, or its parts."
+    if too_large(value.shape):
+        return f"a tensor of shape {list(value.shape)} cannot be stored. Write value.flatten()."
     return Leaf(kind="tensor", dtype=name, shape=tuple(value.shape), host=host and value.device.type == "cpu")
 
 
@@ -82,6 +85,8 @@ def shard_fault(value: torch.Tensor) -> str:
 
 def advice(value: Any) -> str:
     """What is wrong with a leaf of a type that a checkpoint does not know, and what to write."""
+    if type(value) is str:
+        return f"{value[:20]!r} has a pair of surrogates, which JSON gives back as one character. Write bytes."
     for kind, instead in WRITE_INSTEAD:
         if isinstance(value, kind):
             return f"a {type(value).__name__} cannot be stored. Write {instead}."

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.manifest import ARRAYS, leaf_json, node_json, path_text
@@ -11,9 +12,9 @@ from fabricfn.errors import MismatchError
 from fabricfn.world import World
 
 
-def digest(target: str, draft: Draft) -> str:
-    """Equal on ranks that are about to save the same tree to the same place."""
-    text = json.dumps([target, node_json(draft.plan.tree), _descriptions(draft)])
+def digest(call: Mapping[str, str], draft: Draft) -> str:
+    """Equal on ranks that are about to save the same tree by the same call."""
+    text = json.dumps([dict(call), node_json(draft.plan.tree), _descriptions(draft)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -31,9 +32,9 @@ def _descriptions(draft: Draft) -> dict[str, str]:
     return found
 
 
-def raise_mismatch(world: World, what: str, target: str, draft: Draft) -> None:
+def raise_mismatch(world: World, what: str, call: Mapping[str, str], draft: Draft) -> None:
     """Raise on every rank the error that says which entries differ, and where. Collective."""
-    mine = {"the path": target, **_descriptions(draft)}
+    mine = {**call, **_descriptions(draft)}
     everyone = together(world, what, lambda: (None, mine))[1]
     lines: list[str] = []
     for name in dict.fromkeys(name for theirs in everyone for name in theirs):

@@ -90,16 +90,19 @@ def planned(
     export: str | None = None,
     options: Mapping[str, Any] | None = None,
     earlier: BaseException | None = None,
+    blocking: bool = True,
 ) -> Job:
     """What `save` shall do; rank 0 has a place for it. Collective; see `save` for the arguments and errors.
 
     Args:
         earlier: the error of the save before, of which nobody on this rank has been told.
+        blocking: as the call has it, which is the same on all ranks.
     """
     world, what = rt.world, f"ff.save to {os.fspath(path)}"
     if earlier is not None:
         together(world, what, lambda: _raise(earlier))
     store = store_at(path, options)
+    call = {"the path": store.name, "export=": repr(export), "blocking=": repr(blocking)}
     undo = contextlib.ExitStack()
     plan = stated(world, what, tree, only, types)
 
@@ -115,12 +118,12 @@ def planned(
         save_id = secrets.token_hex(16)
         if world.rank == 0:
             undo.callback(store.begin(save_id))
-        return draft, (save_id, "" if world.group is None else digest(store.name, draft), to_plain(draft.holding))
+        return draft, (save_id, "" if world.group is None else digest(call, draft), to_plain(draft.holding))
 
     try:
         draft, answers = together(world, what, prepare)
         if len({found for _, found, _ in answers}) > 1:
-            raise_mismatch(world, what, store.name, draft)
+            raise_mismatch(world, what, call, draft)
         holdings = [from_plain(holding) for _, _, holding in answers]
         leaves = agreed_leaves(draft, holdings)
         chores = shares(leaves, owners_of(draft, leaves, holdings), world.world_size)

@@ -35,7 +35,9 @@ class Entry:
 
     def __str__(self) -> str:
         if self.kind not in ARRAYS:
-            return f"{self.path} = {self.value!r}"
+            # Python writes no longer integers out
+            long = type(self.value) is int and self.value.bit_length() > 4096
+            return f"{self.path} = {hex(self.value) if long else repr(self.value)}"
         return f"{self.path}: {self.dtype}{list(self.shape)}"
 
 

@@ -119,7 +119,7 @@ def load(
     wrap = remainder or not strict
 
     def once(last: bool) -> tuple[bool, Any, States]:
-        """False when, at a URL, another checkpoint took the place meanwhile, on any rank."""
+        """False when another checkpoint took the place meanwhile, on any rank."""
         with contextlib.ExitStack() as stack:
 
             def plan() -> tuple[tuple[Source, Fit], tuple[str, list[str]]]:
@@ -132,8 +132,7 @@ def load(
                 return (source, found), (manifest.save_id, [path_text(at) for at, _, _ in found.states])
 
             (source, found), answers = together(rt.world, what, plan)
-            again = source.remote and not last
-            if again and len({save_id for save_id, _ in answers}) > 1:
+            if not last and len({save_id for save_id, _ in answers}) > 1:
                 return False, None, []
             _check_alike(rt, what, answers)
             tells = functools.partial(meter, progress if rt.rank == 0 else None, what)
@@ -142,7 +141,7 @@ def load(
                 try:
                     return _read(rt, source, found, where, wrap, tells), True
                 except Replaced:
-                    if not again:
+                    if last:
                         raise
                     return (None, []), False
 

@@ -62,6 +62,15 @@ RAW_DTYPES = {
 }
 """dtype -> bytes per element: stored as a row of bytes; one unknown dtype would make a whole file unreadable."""
 
+NUMPY = {"bool", "complex64", "complex128", "float16", "float32", "float64"} | {
+    f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)
+}
+"""The dtypes that numpy has without packages of others."""
+LARGEST = 1 << 58
+"""Elements of an array, empty dimensions counted as 1."""
+SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+"""Two characters that come back from JSON as one."""
+
 ARRAYS = ("tensor", "array", "number")
 """The kinds of leaves whose values are in the data files: torch tensors, numpy arrays, numpy scalars."""
 CONTAINERS = ("dict", "list", "tuple", "record")
@@ -179,6 +188,11 @@ def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * (DTYPES[dtype][1] if dtype in DTYPES else RAW_DTYPES[dtype])
 
 
+def too_large(shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape is none that a manifest holds."""
+    return len(shape) > 64 or math.prod(max(1, length) for length in shape) > LARGEST
+
+
 def plain_leaf(value: Any) -> Leaf | None:
     """The leaf of a Python value that the manifest holds; None when it is not such a value."""
     if value is None:
@@ -193,7 +207,7 @@ def plain_leaf(value: Any) -> Leaf | None:
     if kind is complex:
         return Leaf(kind="complex", value=[value.real.hex(), value.imag.hex()])
     if kind is str:
-        return Leaf(kind="str", value=value)
+        return None if SURROGATES.search(value) else Leaf(kind="str", value=value)
     if kind is bytes:
         return Leaf(kind="bytes", value=base64.b64encode(value).decode())
     return None

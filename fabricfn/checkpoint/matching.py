@@ -75,11 +75,21 @@ def unfillable(like: Any) -> str:
         if like.is_meta:
             return "a tensor on the meta device. Write value.to_empty(device=rt.device)"
         local = local_tensor(like)
-        if any(stride == 0 and length > 1 for stride, length in zip(local.stride(), local.shape, strict=True)):
-            return "an expanded tensor. Write value.clone()"
+        if _overlaps(local):
+            return "a tensor whose elements share memory with each other. Write value.clone()"
     if type(like) is np.ndarray and not like.flags.writeable:
         return "a read-only array. Write value.copy()"
     return ""
+
+
+def _overlaps(value: torch.Tensor) -> bool:
+    """Whether two elements may be at one place: an expanded tensor, windows of `unfold`."""
+    end = 0
+    for stride, length in sorted((stride, length) for stride, length in zip(value.stride(), value.shape, strict=True)):
+        if length > 1 and stride <= end:
+            return value.numel() > 0
+        end += stride * (length - 1)
+    return False
 
 
 def mapping_like(like: Any, items: dict[Any, Any]) -> Any:

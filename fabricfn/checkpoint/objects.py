@@ -69,7 +69,8 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
         return None if LOCAL.match(text) else head + mark + rest.rstrip("/")
     scheme = SCHEME.match(text)
     if scheme and text[scheme.end() : scheme.end() + 1] == "/" and not os.path.exists(scheme[0]):
-        fixed = f"{scheme[0]}//{text[scheme.end() :].lstrip('/')}"
+        mark = "///" if LOCAL.match(f"{scheme[0]}//") else "//"
+        fixed = f"{scheme[0]}{mark}{text[scheme.end() :].lstrip('/')}"
         raise CheckpointError(
             f"{text!r} was a URL: pathlib turns its two slashes into one. Write it as a string: {fixed!r}."
         )
@@ -81,6 +82,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     if url_of(path) is not None:
         raise CheckpointError(f"{os.fspath(path)!r} is a URL; here stands a path on a disk.")
     return Path(os.path.realpath(LOCAL.sub("", os.fspath(path), count=1)))
+
+
+def unresolved(path: str | os.PathLike[str]) -> Path:
+    """As `local_path`, with the links in it."""
+    local_path(path)
+    return Path(os.path.abspath(LOCAL.sub("", os.fspath(path), count=1)))
 
 
 def objects_at(url: str, options: Options) -> Objects:

@@ -87,8 +87,8 @@ def standing(place: Path, say: bool) -> Path:
             continue
         if say:
             warnings.warn(
-                f"{place} was being replaced when the save was killed; this is the checkpoint that stood there before,"
-                f" {name}.",
+                f"{place} was being replaced or removed when that was killed; this is the checkpoint that stood there"
+                f" before, {name}.",
                 stacklevel=2,
             )
         return place.parent / name

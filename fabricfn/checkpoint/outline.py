@@ -9,7 +9,17 @@ from typing import Any
 
 from fabricfn.checkpoint.adapters import OBJECT_STATE, Types, adapter_of, fields_of, rides
 from fabricfn.checkpoint.arrays import advice, array_leaf, identity
-from fabricfn.checkpoint.manifest import ARRAYS, DEPTH_LIMIT, Leaf, Node, class_of, path_text, paths_of, plain_leaf
+from fabricfn.checkpoint.manifest import (
+    ARRAYS,
+    DEPTH_LIMIT,
+    SURROGATES,
+    Leaf,
+    Node,
+    class_of,
+    path_text,
+    paths_of,
+    plain_leaf,
+)
 from fabricfn.errors import CheckpointError
 
 Path = tuple[str | int, ...]
@@ -78,7 +88,8 @@ class _Walk:
         if adapter is not None or kind in MAPPINGS:
             items: dict[Any, Any] = dict(value) if adapter is None else fields_of(adapter, value, path)
             for key in items:
-                if type(key) is not str and (type(key) is not int or abs(key) >= 1 << 62):
+                whole = type(key) is int and abs(key) < 1 << 62
+                if not whole and (type(key) is not str or SURROGATES.search(key)):
                     raise CheckpointError(
                         f"{path_text(path)} has the key {key!r}; keys are strings or integers. Write str(key)."
                     )

@@ -202,7 +202,13 @@ def _numbers(manifest: Manifest) -> dict[str, float]:
         for index, place in paths_of(manifest.tree).items()
         if manifest.leaves[index].kind not in ARRAYS
     }
-    return {path: float(value) for path, value in values.items() if isinstance(value, int | float)}
+    return {path: number for path, value in values.items() if (number := _number(value)) is not None}
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, int) and value.bit_length() > 1000:  # a state, none that a metric has
+        return None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _discard(one: _Standing) -> bool:

@@ -151,7 +151,7 @@ def save(
     error, buffer = errands.settled(rt.world)
     if error is not None:
         error.add_note(f"(of an earlier save, which nobody waited for; the save to {os.fspath(path)} was not begun)")
-    job = planned(rt, path, tree, only, types, export, storage_options, error)
+    job = planned(rt, path, tree, only, types, export, storage_options, error, blocking)
     if blocking:
         return carried_out(rt.world, job, began, progress=progress)
     return _beside(rt, job, began, progress, buffer)

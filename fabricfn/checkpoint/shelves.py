@@ -9,7 +9,7 @@ from pathlib import Path
 from fabricfn.checkpoint import commit
 from fabricfn.checkpoint.manifest import DATA, MANIFEST
 from fabricfn.checkpoint.objects import Objects, Options, is_object, listed, local_path, modified, objects_at, url_of
-from fabricfn.checkpoint.opening import ASIDE
+from fabricfn.checkpoint.opening import ASIDE, standing
 from fabricfn.checkpoint.uploading import remove_at_url
 
 
@@ -51,7 +51,7 @@ def shelf_at(folder: str | os.PathLike[str], options: Options) -> Shelf:
 
     def time(name: str) -> float:
         with contextlib.suppress(OSError):
-            return (place / name / MANIFEST).stat().st_mtime
+            return (standing(place / name, False) / MANIFEST).stat().st_mtime
         return 0.0
 
     return Shelf(
@@ -59,7 +59,7 @@ def shelf_at(folder: str | os.PathLike[str], options: Options) -> Shelf:
         names=names,
         place=lambda name: place / name,
         time=time,
-        begun=lambda name: (place / name / MANIFEST).exists() or (place / name / DATA).exists(),
+        begun=lambda name: any((standing(place / name, False) / part).exists() for part in (MANIFEST, DATA)),
         is_checkpoint=(place / MANIFEST).exists,
     )
 

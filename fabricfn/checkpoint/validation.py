@@ -6,7 +6,6 @@ the pieces in a file cover its data section once, so that no small checkpoint ca
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
@@ -19,7 +18,9 @@ from fabricfn.checkpoint.manifest import (
     DTYPES,
     FILE_NAME,
     FORMAT,
+    LARGEST,
     MANIFEST_LIMIT,
+    NUMPY,
     RAW_DTYPES,
     TRAILER,
     TRAILER_BYTES,
@@ -30,14 +31,12 @@ from fabricfn.checkpoint.manifest import (
     Piece,
     array_bytes,
     plain_value,
+    too_large,
 )
 from fabricfn.errors import CheckpointError
 
 LARGE = 1 << 62
 LAST_YEAR = 253_370_764_800  # the beginning of 9999
-NUMPY = {"bool", "complex64", "complex128", "float16", "float32", "float64"} | {
-    f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)
-}
 
 
 class Invalid(Exception):
@@ -180,14 +179,14 @@ def _leaf(text: dict[str, Any], earlier: Sequence[Leaf], num_files: int) -> Leaf
         leaf = Leaf(kind=kind, value=text.get("v"))
         plain_value(leaf)
         return leaf
-    dtype, shape = text["dtype"], _integers(text["shape"], 1 << 48, "a shape")
+    dtype, shape = text["dtype"], _integers(text["shape"], LARGEST, "a shape")
     if dtype not in DTYPES and dtype not in RAW_DTYPES:
         _invalid(f"a leaf has the unknown dtype {dtype!r}")
     if kind != "tensor" and dtype not in NUMPY:
         _invalid(f"{kind} is numpy's, which has no {dtype}")
     if kind == "number" and shape:
         _invalid("a number has a shape")
-    if len(shape) > 64 or math.prod(max(1, length) for length in shape) > LARGE // 16:
+    if too_large(shape):
         _invalid("a leaf has more than 64 dimensions or too many elements")
     whole = Leaf(kind=kind, dtype=dtype, shape=shape, host=text.get("host", False) is True)
     if "alias" in text:

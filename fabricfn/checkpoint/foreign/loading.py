@@ -19,7 +19,7 @@ from fabricfn.checkpoint.foreign.places import opened_raw
 from fabricfn.checkpoint.foreign.values import PLAIN, Keys, Refused, Stored, leaves, settled
 from fabricfn.checkpoint.loading import Loaded
 from fabricfn.checkpoint.manifest import class_of
-from fabricfn.checkpoint.objects import local_path
+from fabricfn.checkpoint.objects import unresolved
 from fabricfn.checkpoint.outline import MAPPINGS, listing
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.records import Model
@@ -88,13 +88,11 @@ def load_raw(
         (True, 3)
     """
     what = f"ff.load_raw of {os.fspath(path)}"
-    local_path(path)  # refuses URLs
-    place = Path(os.path.abspath(path))
     options = Options(prefix=prefix, rename=rename, cast=cast, strict=strict)
     with contextlib.ExitStack() as stack:
 
         def plan() -> tuple[tuple[Filling, Make], str]:
-            filling = Filling(options, rt.device)
+            place, filling = unresolved(path), Filling(options, rt.device)
             tree = opened_raw(place, stack)
             if has_more(tree) and _wants_more(like, tree, key):
                 tree = whole_tree(tree)
