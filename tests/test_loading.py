@@ -119,11 +119,32 @@ def test_all_misfits_are_in_one_error(tmp_path):
         "model: the template has a Optimizer, the checkpoint a Model",
         "w: the template has a tensor float16[3], the checkpoint a tensor float32[2]",
         "l: the template has 1 elements, the checkpoint 2",
-        "c: the template has a plain value (int), the checkpoint a container",
+        "c: the template has a plain value (int), the checkpoint a record Cursor of seed, epoch, index",
         "more: is in the template, not in the checkpoint",
-        "opt: the template has a dict, the checkpoint a record",
+        "opt: the template has a dict, the checkpoint a record Optimizer of state, ",
     ):
         assert part in str(caught.value)
+
+
+def test_a_slip_is_named_with_what_to_write(tmp_path):
+    model = ff.setup_model(RT, nn.Linear(2, 2))
+    ff.save(RT, tmp_path / "c", {"model": model, "step": 3})
+    with pytest.raises(
+        CheckpointError, match="the whole tree: the template has a Model, the checkpoint a dict of model, "
+    ):
+        ff.load(RT, tmp_path / "c", model)
+    with pytest.raises(CheckpointError, match="the path is None, which ff.latest returns"):
+        ff.load(RT, ff.latest(tmp_path / "none"), {"model": model})
+    for call in (ff.save, ff.load, ff.load_raw):
+        with pytest.raises(CheckpointError, match="a path is a string or a pathlib.Path, this is a dict"):
+            call(RT, {"model": model}, tmp_path / "c")  # pyright: ignore
+    torch.save({"w": torch.ones(2)}, tmp_path / "file.pt")
+    (tmp_path / "hub").mkdir()
+    for name in ("file.pt", "hub"):
+        with pytest.raises(CheckpointError, match=r"what other tools wrote is read by ff.load_raw\(rt"):
+            ff.load(RT, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"opt: is in the template, not in the file \(there: w\)"):
+        ff.load_raw(RT, tmp_path / "file.pt", {"w": torch.zeros(2), "opt": 1})
 
 
 def test_a_model_of_another_architecture_is_refused_in_both_directions(tmp_path):

@@ -292,7 +292,7 @@ def test_an_export_is_made_on_a_disk_and_never_outlives_its_checkpoint(store, tm
     ff.save(RT, "faulty://run/c", {"model": model})
     (file,) = ff.consolidate("faulty://run/c", tmp_path / "hub")
     assert same(load_file(file), dict(model.params))
-    with pytest.raises(CheckpointError, match="is a URL; here stands a path on a disk"):
+    with pytest.raises(CheckpointError, match="is a URL; this function takes a path on a disk"):
         ff.consolidate("faulty://run/c", "faulty://hub")
     Faulty().pipe_file("/run/c/model.safetensors", file.read_bytes())  # as a folder with an export is copied up
     ff.save(RT, "faulty://run/c", {"model": model})

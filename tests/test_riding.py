@@ -224,7 +224,7 @@ def test_what_a_state_cannot_hold_is_named(rt, tmp_path):
     assert not (tmp_path / "c").exists()
     ff.save(rt, tmp_path / "c", {"b": 1, **tree}, only="b")
     assert ff.load(rt, tmp_path / "c") == {"b": 1}, "what is not selected is not asked"
-    with pytest.raises(ff.CheckpointError, match="a Linear cannot be stored. Write module.state_dict"):
+    with pytest.raises(ff.CheckpointError, match="a Linear cannot be stored. Write its Model"):
         ff.save(rt, tmp_path / "d", {"a": torch.nn.Linear(1, 1)})
 
 

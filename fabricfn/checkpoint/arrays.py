@@ -13,7 +13,7 @@ from fabricfn.checkpoint.placements import Unmapped, layout_of, local_tensor, pa
 from fabricfn.sharding import is_sharded
 
 WRITE_INSTEAD: tuple[tuple[Any, str], ...] = (
-    (torch.nn.Module, "module.state_dict()"),
+    (torch.nn.Module, "its Model, as ff.setup_model(rt, module) returns it; or module.state_dict()"),
     (torch.Generator, "generator.get_state()"),
     (torch.utils.data.DataLoader, "its cursor: for batch, cursor in ff.batches(rt, loader, with_cursor=True)"),
     ((torch.dtype, torch.device), "str(value)"),

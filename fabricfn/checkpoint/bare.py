@@ -27,7 +27,7 @@ class Bare:
 
     def problem(self, path: Path, text: str) -> Build:
         """Note what is wrong at a path."""
-        self.problems.append(f"{path_text(path)}: {text}")
+        self.problems.append(f"{path_text(path) if path else 'the whole tree'}: {text}")
         return kept(None)
 
     def plain(self, node: Node | int | None, path: Path, like: Any = None) -> Build:

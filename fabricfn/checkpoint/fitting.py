@@ -209,7 +209,9 @@ class _Fitter:
             return self.bare.problem(path, expected)
         assert type(expected) is Leaf
         if type(node) is not int:
-            return self.bare.problem(path, f"the template has {leaf_text(expected)}, the checkpoint a container")
+            return self.bare.problem(
+                path, f"the template has {leaf_text(expected)}, the checkpoint {node_text(node, self.leaves)}"
+            )
         found = self.leaves[node]
         if not fits(found, expected):
             if free == LOOSE:

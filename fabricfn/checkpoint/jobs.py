@@ -98,7 +98,7 @@ def planned(
         earlier: the error of the save before, of which nobody on this rank has been told.
         blocking: as the call has it, which is the same on all ranks.
     """
-    world, what = rt.world, f"ff.save to {os.fspath(path)}"
+    world, what = rt.world, f"ff.save to {path!s:.300}"
     if earlier is not None:
         together(world, what, lambda: _raise(earlier))
     store = store_at(path, options)

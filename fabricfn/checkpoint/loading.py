@@ -24,6 +24,7 @@ from fabricfn.checkpoint.outline import (
     leaf_paths,
     listing,
     nothing_selected,
+    places,
     prune,
     selector,
 )
@@ -115,7 +116,7 @@ def load(
         ...     ff.load(rt, receipt.path, {"w": torch.zeros(2), "cursor": ff.Cursor()})
         {'w': tensor([1., 1.]), 'cursor': Cursor(seed=0, epoch=3, index=0)}
     """
-    what, where = f"ff.load of {os.fspath(path)}", caller() if donate else None
+    what, where = f"ff.load of {path!s:.300}", caller() if donate else None
     wrap = remainder or not strict
 
     def once(last: bool) -> tuple[bool, Any, States]:
@@ -177,9 +178,9 @@ def _check_alike(rt: Runtime, what: str, answers: Sequence[tuple[str, list[str]]
             f" this is rank {rt.rank}). Was it replaced meanwhile? Load again once the save is done."
         )
     if any(names != answers[0][1] for _, names in answers):
-        places = "; ".join(f"rank {rank} {', '.join(names) or 'none'}" for rank, (_, names) in enumerate(answers))
+        each = "; ".join(f"rank {rank} {', '.join(names) or 'none'}" for rank, (_, names) in enumerate(answers))
         raise MismatchError(
-            f"{what}: the templates of the ranks have objects that are given a state at different places: {places}"
+            f"{what}: the templates of the ranks have objects that are given a state at different places: {each}"
             f" (this is rank {rt.rank})."
         )
 
@@ -187,8 +188,9 @@ def _check_alike(rt: Runtime, what: str, answers: Sequence[tuple[str, list[str]]
 def _accepted(found: Fit, source: Source) -> Fit:
     if found.problems:
         raise CheckpointError(
-            f"{source.path} does not fit the template in {len(found.problems)} places; build the template as when it"
-            " was saved, or load a part (only=...), or take what fits (strict=False), or load without a template."
+            f"{source.path} does not fit the template in {places(found.problems)}; build the template as when it was"
+            " saved, or say how names differ (rename=...), load a part (only=...), take what fits (strict=False), or"
+            " load without a template."
             f"{listing(found.problems)}"
         )
     return found

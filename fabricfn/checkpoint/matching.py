@@ -45,7 +45,11 @@ def node_text(node: Node | int | None, leaves: tuple[Leaf, ...]) -> str:
     """A place of a checkpoint's tree as messages name it."""
     if type(node) is int:
         return leaf_text(leaves[node])
-    return f"a {node.kind}" if type(node) is Node else "nothing"
+    if type(node) is not Node:
+        return "nothing"
+    names = [str(key) for key in node.keys]
+    holds = f" of {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else ""
+    return f"a {node.kind}{' ' * bool(node.name)}{node.name}{holds}"
 
 
 def settled(node: Node | int | None, sort: str, tag: str, fields: Any) -> Node | int | None:

@@ -57,13 +57,29 @@ class Objects:
         return f"{self.root}/{name}"
 
 
+def _text(path: Any) -> str:
+    if path is None:
+        raise CheckpointError(
+            "the path is None, which ff.latest returns where no whole checkpoint is. Write `if path :="
+            " ff.latest(folder): state = ff.load(rt, path, state)`."
+        )
+    with contextlib.suppress(TypeError):
+        text: Any = os.fspath(path)
+        if isinstance(text, str):
+            return text
+    raise CheckpointError(
+        f"a path is a string or a pathlib.Path, this is a {type(path).__name__}. The path comes before the tree:"
+        " ff.save(rt, path, tree), ff.load(rt, path, like)."
+    )
+
+
 def url_of(path: str | os.PathLike[str]) -> str | None:
     """The URL that a path is, without a slash at its end; None for local paths, and for file:// too.
 
     Raises:
         CheckpointError: it was a URL before `pathlib` made "s3:/bucket" of it.
     """
-    text = os.fspath(path)
+    text = _text(path)
     if "://" in text:
         head, mark, rest = text.partition("://")
         return None if LOCAL.match(text) else head + mark + rest.rstrip("/")
@@ -80,7 +96,7 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
 def local_path(path: str | os.PathLike[str]) -> Path:
     """The absolute path, links resolved; also of a file:// URL. Other URLs are refused."""
     if url_of(path) is not None:
-        raise CheckpointError(f"{os.fspath(path)!r} is a URL; here stands a path on a disk.")
+        raise CheckpointError(f"{os.fspath(path)!r} is a URL; this function takes a path on a disk only.")
     return Path(os.path.realpath(LOCAL.sub("", os.fspath(path), count=1)))
 
 

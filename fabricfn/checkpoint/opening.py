@@ -28,6 +28,9 @@ ASIDE = re.compile(r"\.old-(.+)-[0-9a-f]{32}", re.DOTALL)
 """The name under which a replaced checkpoint stands for a moment, its true name inside (see `commit.put_in_place`)."""
 
 
+OTHERS = "what other tools wrote is read by ff.load_raw(rt, path, like)"
+
+
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], say: bool = True, options: Options = None) -> Generator[Source]:
     """The checkpoint at `path`, whose manifest, file sizes and file headers were checked.
@@ -52,6 +55,8 @@ def opened(path: str | os.PathLike[str], say: bool = True, options: Options = No
             try:
                 source = _open(place, stack)
                 break
+            except NotADirectoryError:
+                raise CheckpointError(f"{wanted} is a file, a checkpoint is a folder; {OTHERS}.") from None
             except FileNotFoundError as gone:
                 if _inode(place) == before:
                     raise _missing(wanted, gone) from None
@@ -182,7 +187,7 @@ def _missing(place: Path, gone: FileNotFoundError) -> CheckpointError:
         )
     return CheckpointError(
         f"{place} is not a whole checkpoint: {gone.filename or gone.strerror} is missing. Load another one:"
-        " ff.latest(folder) finds the newest whole one."
+        f" ff.latest(folder) finds the newest whole one; {OTHERS}."
     )
 
 

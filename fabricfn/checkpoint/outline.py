@@ -215,6 +215,11 @@ def leaves_of(plan: Outline, host: bool) -> tuple[Leaf, ...]:
     return tuple(found)
 
 
+def places(problems: Sequence[str]) -> str:
+    """How many there are, as messages have it."""
+    return f"{len(problems)} place{'s' if len(problems) > 1 else ''}"
+
+
 def listing(lines: Sequence[str]) -> str:
     """Lines of a message, at most twenty."""
     more = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []

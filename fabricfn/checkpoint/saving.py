@@ -70,19 +70,6 @@ def save(
     progress: Progress = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Saving: ...
-@overload
-def save(
-    rt: Runtime,
-    path: str | os.PathLike[str],
-    tree: Any,
-    *,
-    only: Only = None,
-    export: str | None = None,
-    types: Sequence[CheckpointType] = (),
-    blocking: bool,
-    progress: Progress = None,
-    storage_options: Mapping[str, Any] | None = None,
-) -> Receipt | Saving: ...
 @collective("save")
 def save(
     rt: Runtime,

@@ -47,11 +47,11 @@ class Filling:
         number = len(self.wants) - 1
         return lambda values: values[number]
 
-    def absent(self, like: Any, keys: Keys) -> Make:
+    def absent(self, like: Any, keys: Keys, instead: str = "") -> Make:
         """What the file does not have."""
         self.missing.append(path_text(keys))
         if self.options.strict:
-            self.problem(keys, "is in the template, not in the file")
+            self.problem(keys, f"is in the template, not in the file{instead}")
         return lambda values: like
 
     def further(self, item: Any, keys: Keys) -> None:

@@ -20,7 +20,7 @@ from fabricfn.checkpoint.foreign.values import PLAIN, Keys, Refused, Stored, lea
 from fabricfn.checkpoint.loading import Loaded
 from fabricfn.checkpoint.manifest import class_of
 from fabricfn.checkpoint.objects import unresolved
-from fabricfn.checkpoint.outline import MAPPINGS, listing
+from fabricfn.checkpoint.outline import MAPPINGS, listing, places
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.records import Model
 from fabricfn.runtimes import Runtime
@@ -87,7 +87,7 @@ def load_raw(
         >>> torch.equal(state["model"].params["weight"], net.weight), state["epoch"]
         (True, 3)
     """
-    what = f"ff.load_raw of {os.fspath(path)}"
+    what = f"ff.load_raw of {path!s:.300}"
     options = Options(prefix=prefix, rename=rename, cast=cast, strict=strict)
     with contextlib.ExitStack() as stack:
 
@@ -126,8 +126,8 @@ def load_raw(
 
 def _misfit(path: Path, problems: Sequence[str]) -> str:
     return (
-        f"{path} does not fit the template in {len(problems)} places; build the template as when the file was written,"
-        " say how names differ (key=, prefix=, rename=), or take what fits (strict=False)."
+        f"{path} does not fit the template in {places(problems)}; build the template as when the file was written, say"
+        " how names differ (key=, prefix=, rename=), or take what fits (strict=False)."
         f"{listing(problems)}"
     )
 
@@ -190,7 +190,8 @@ def _fill(filling: Filling, like: Any, tree: Any, keys: Keys) -> Make:
         return filling.problem(keys, text)
     return filling.problem(
         keys,
-        f"an object of class {kind.__name__} cannot be filled; write a dict, a Model, an Optimizer, a tensor, or None",
+        f"an object of class {kind.__name__} cannot be filled; write a dict, a Model (of a module: ff.setup_model(rt,"
+        " module)), an Optimizer, a tensor, or None",
     )
 
 
@@ -199,12 +200,13 @@ def _mapping(filling: Filling, like: Any, tree: Any, keys: Keys) -> Make:
         return filling.problem(keys, f"the template has a dict, the file a {type(tree).__name__}")
     items = cast("dict[Any, Any]", tree)
     made: dict[Any, Make] = {}
+    there = ", ".join(map(str, [*items][:8])) or "nothing"
     for name, item in like.items():
         found = name if name in items else str(name)
         if found in items:
             made[name] = _fill(filling, item, items[found], (*keys, name))
         else:
-            made[name] = filling.absent(item, (*keys, name))
+            made[name] = filling.absent(item, (*keys, name), f" (there: {there}{', ...' if len(items) > 8 else ''})")
     return lambda values: {name: make(values) for name, make in made.items()}
 
 
