@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fabricfn.checkpoint.retrying import patient
 from fabricfn.errors import CheckpointError
@@ -57,14 +57,14 @@ class Objects:
         return f"{self.root}/{name}"
 
 
-def _text(path: Any) -> str:
+def _text(path: object) -> str:
     if path is None:
         raise CheckpointError(
             "the path is None, which ff.latest returns where no whole checkpoint is. Write `if path :="
             " ff.latest(folder): state = ff.load(rt, path, state)`."
         )
     with contextlib.suppress(TypeError):
-        text: Any = os.fspath(path)
+        text: object = os.fspath(cast("os.PathLike[str]", path))
         if isinstance(text, str):
             return text
     raise CheckpointError(
