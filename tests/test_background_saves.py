@@ -24,6 +24,7 @@ from fabricfn.checkpoint.agreement import HEAD, together
 from fabricfn.checkpoint.snapshots import snapshot
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.testing import cases, processes, threads
+from tests.checkpoints import bits
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 
@@ -44,20 +45,6 @@ def pair():
 def nothing_is_left():
     yield
     assert errands.finish_all() == []
-
-
-def bits(value):
-    """A value such that equality means the same bits."""
-    if isinstance(value, torch.Tensor):
-        row = value.detach().resolve_conj().resolve_neg().contiguous().as_strided((value.numel(),), (1,))
-        return value.dtype, tuple(value.shape), row.view(torch.uint8).tolist()
-    if isinstance(value, np.ndarray | np.generic):
-        return str(value.dtype), value.shape, np.asarray(value).tobytes()
-    if isinstance(value, dict):
-        return [(key, bits(item)) for key, item in value.items()]
-    if isinstance(value, list | tuple):
-        return [bits(item) for item in value]
-    return type(value), value
 
 
 class Gate:

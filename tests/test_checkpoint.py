@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -16,19 +15,18 @@ import types
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors import safe_open
 from torch import nn
-from torch.nn import functional as F
 
 import fabricfn as ff
 from fabricfn.checkpoint import commit, manifest, sharing, validation, writing
 from fabricfn.checkpoint.boxes import whole
 from fabricfn.errors import CheckpointError, DonatedError, MismatchError
 from fabricfn.testing import processes, threads
+from tests.checkpoints import bits, loss_fn, trained
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 
@@ -37,29 +35,6 @@ RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategi
 def ranks():
     with processes(3) as world:
         yield world
-
-
-def bits(value):
-    """A value such that equality means the same bits, classes, structure and order."""
-    if isinstance(value, torch.Tensor):
-        data = value.detach().resolve_conj().resolve_neg().contiguous()
-        row = data.as_strided((data.numel(),), (1,)).view(torch.uint8).tolist()
-        return type(value), value.dtype, value.shape, value.requires_grad, row
-    if isinstance(value, np.ndarray | np.generic):
-        return type(value), str(value.dtype), value.shape, np.asarray(value).tobytes()
-    if isinstance(value, float):
-        return struct.pack("d", value)
-    if isinstance(value, dict | types.MappingProxyType):
-        return type(value), [(key, bits(item)) for key, item in value.items()]
-    if isinstance(value, list | tuple):
-        return type(value), [bits(item) for item in value]
-    if isinstance(value, ff.Model):
-        return bits(value.params), bits(value.buffers), value.training
-    if isinstance(value, ff.Optimizer):
-        return bits(value.state), bits(value.shared), bits(value.hyperparams), value.step
-    if dataclasses.is_dataclass(value):
-        return type(value), [bits(getattr(value, field.name)) for field in dataclasses.fields(value)]
-    return type(value), value
 
 
 def ones(tree):
@@ -196,28 +171,6 @@ def test_tensors_that_stay_in_host_memory_come_back_there(tmp_path):
 
 
 # ---------------------------------------------------------------- records of training
-
-
-def loss_fn(net, x, y):
-    return F.mse_loss(net(x), y)
-
-
-def trained(rt, optimizer=torch.optim.AdamW, steps=2, state=None, donate=False, **hyperparams):
-    """(model, opt) after `steps` more steps, on data that depends on the step alone."""
-    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
-    with torch.no_grad():
-        for i, param in enumerate(module.parameters()):
-            param.copy_(torch.linspace(-1, 1, param.numel(), dtype=param.dtype).reshape(param.shape) * (i + 1))
-    if state is None:
-        model = ff.setup_model(rt, module)
-        state = model, ff.setup_optimizer(rt, model, optimizer, **{"lr": 0.1, **hyperparams})
-    model, opt = state
-    grad_fn = ff.value_and_grad(rt, loss_fn)
-    for _ in range(steps):
-        data = torch.linspace(-1, 1, 30, dtype=rt.precision.param_dtype).reshape(6, 5) * (opt.step + 1)
-        _, grads = grad_fn(model, data[:, :3], data[:, 3:])
-        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
-    return model, opt
 
 
 OPTIMIZERS = {

@@ -29,23 +29,14 @@ from fabricfn.checkpoint import retrying
 from fabricfn.checkpoint.shelves import remove
 from fabricfn.errors import CheckpointError, ConfigurationError
 from fabricfn.testing import processes, threads
+from tests.checkpoints import bits
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 MIB = 1 << 20
 
 
 def same(a, b):
-    """The same bits, classes and structure."""
-    if isinstance(a, torch.Tensor):
-        alike = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
-        return alike and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
-    if isinstance(a, np.ndarray | np.generic):
-        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
+    return bits(a) == bits(b)
 
 
 def tree_of(seed=0, size=1000):

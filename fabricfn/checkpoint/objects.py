@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fabricfn.checkpoint.retrying import patient
 from fabricfn.errors import CheckpointError
@@ -63,10 +63,10 @@ def _text(path: object) -> str:
             "the path is None, which ff.latest returns where no whole checkpoint is. Write `if path :="
             " ff.latest(folder): state = ff.load(rt, path, state)`."
         )
-    with contextlib.suppress(TypeError):
-        text: object = os.fspath(cast("os.PathLike[str]", path))
-        if isinstance(text, str):
-            return text
+    if isinstance(path, str):
+        return path
+    if isinstance(path, os.PathLike) and isinstance(text := os.fspath(path), str):  # pyright: ignore
+        return text
     raise CheckpointError(
         f"a path is a string or a pathlib.Path, this is a {type(path).__name__}. The path comes before the tree:"
         " ff.save(rt, path, tree), ff.load(rt, path, like)."
