@@ -57,20 +57,19 @@ class Objects:
         return f"{self.root}/{name}"
 
 
-def _text(path: object) -> str:
+def _text(path: str | os.PathLike[str] | None) -> str:
     if path is None:
         raise CheckpointError(
             "the path is None, which ff.latest returns where no whole checkpoint is. Write `if path :="
             " ff.latest(folder): state = ff.load(rt, path, state)`."
         )
-    if isinstance(path, str):
-        return path
-    if isinstance(path, os.PathLike) and isinstance(text := os.fspath(path), str):  # pyright: ignore
-        return text
-    raise CheckpointError(
-        f"a path is a string or a pathlib.Path, this is a {type(path).__name__}. The path comes before the tree:"
-        " ff.save(rt, path, tree), ff.load(rt, path, like)."
-    )
+    try:
+        return os.fspath(path)
+    except TypeError:
+        raise CheckpointError(
+            f"a path is a string or a pathlib.Path, this is a {type(path).__name__}. The path comes before the tree:"
+            " ff.save(rt, path, tree), ff.load(rt, path, like)."
+        ) from None
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
