@@ -19,8 +19,9 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn import errands
-from fabricfn.checkpoint import manifest, progress as progress_lines
+from fabricfn.checkpoint import progress as progress_lines
 from fabricfn.checkpoint.agreement import HEAD, together
+from fabricfn.checkpoint.format import manifest
 from fabricfn.checkpoint.snapshots import snapshot
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.testing import cases, processes, threads

@@ -22,8 +22,10 @@ from safetensors import safe_open
 from torch import nn
 
 import fabricfn as ff
-from fabricfn.checkpoint import commit, manifest, sharing, validation, writing
-from fabricfn.checkpoint.boxes import whole
+from fabricfn.checkpoint import sharing
+from fabricfn.checkpoint.format import manifest, validation, writing
+from fabricfn.checkpoint.format.boxes import whole
+from fabricfn.checkpoint.storage import commit
 from fabricfn.errors import CheckpointError, DonatedError, MismatchError
 from fabricfn.testing import processes, threads
 from tests.checkpoints import bits, loss_fn, trained

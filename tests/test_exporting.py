@@ -16,8 +16,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fabricfn as ff
 from fabricfn.checkpoint import exporting
-from fabricfn.checkpoint.boxes import Box, flaw, whole
 from fabricfn.checkpoint.exporting import boxes
+from fabricfn.checkpoint.format.boxes import Box, flaw, whole
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
 

@@ -57,7 +57,7 @@ FLOORS = (
 OPTIONAL: dict[str, set[str]] = {
     "accelerators": {"torch_xla"},
     "starting.cargo": {"cloudpickle"},
-    "checkpoint.objects": {"fsspec"},
+    "checkpoint.storage.objects": {"fsspec"},
     "environments.mpi": {"mpi4py"},
 }
 
@@ -70,7 +70,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_of(path: Path) -> str:
-    """`checkpoint/manifest.py` -> "checkpoint.manifest"; a folder's `__init__.py` -> the folder."""
+    """`checkpoint/format/manifest.py` -> "checkpoint.format.manifest"; a folder's `__init__.py` -> the folder."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
@@ -130,6 +130,14 @@ def test_a_file_imports_only_lower_floors(module: str):
 
 def test_no_cycles_inside_a_folder():
     graphlib.TopologicalSorter({module: own_imports(module) - {module} for module in MODULES}).prepare()
+
+
+def test_no_cycles_between_the_folders_of_a_folder():
+    inner: dict[str, set[str]] = {}
+    for module in MODULES:
+        here = ".".join(module.split(".")[:2])
+        inner.setdefault(here, set()).update({".".join(name.split(".")[:2]) for name in own_imports(module)} - {here})
+    graphlib.TopologicalSorter(inner).prepare()
 
 
 @pytest.mark.parametrize("module", MODULES)

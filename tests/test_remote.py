@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import fabricfn as ff
-from fabricfn.checkpoint import retrying
-from fabricfn.checkpoint.shelves import remove
+from fabricfn.checkpoint.storage import retrying
+from fabricfn.checkpoint.storage.shelves import remove
 from fabricfn.errors import CheckpointError, ConfigurationError
 from fabricfn.testing import processes, threads
 from tests.checkpoints import bits

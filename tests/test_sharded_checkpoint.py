@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import fabricfn as ff
-from fabricfn.checkpoint import manifest
-from fabricfn.checkpoint.boxes import Box, flaw, whole
-from fabricfn.checkpoint.opening import opened
-from fabricfn.checkpoint.placements import parts_of
-from fabricfn.checkpoint.reading import read_parts
+from fabricfn.checkpoint.format import manifest
+from fabricfn.checkpoint.format.boxes import Box, flaw, whole
 from fabricfn.checkpoint.sharing import shares
+from fabricfn.checkpoint.storage.opening import opened
+from fabricfn.checkpoint.trees.placements import parts_of
+from fabricfn.checkpoint.trees.reading import read_parts
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.testing import processes, threads
 

@@ -1,10 +1,14 @@
-"""Checkpoints: `save`, `load`, and what is there. A name is looked up in its file when it is first used."""
+"""Checkpoints: `save`, `load`, and what is there. A name is looked up in its file when it is first used.
+
+From below: `format` is what is written, byte for byte; `storage` where it stands, on disks and in object stores;
+`trees` what a user hands in and gets back. The verbs beside them put these together over all ranks. `foreign` reads
+what other tools wrote.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fabricfn.checkpoint.custom import CheckpointType as CheckpointType
     from fabricfn.checkpoint.exporting import consolidate as consolidate
     from fabricfn.checkpoint.foreign.loading import load_raw as load_raw
     from fabricfn.checkpoint.jobs import Receipt as Receipt
@@ -19,13 +23,14 @@ if TYPE_CHECKING:
     from fabricfn.checkpoint.loading import Loaded as Loaded, load as load
     from fabricfn.checkpoint.retention import prune_checkpoints as prune_checkpoints, retained as retained
     from fabricfn.checkpoint.saving import Saving as Saving, save as save
+    from fabricfn.checkpoint.trees.custom import CheckpointType as CheckpointType
 else:
     # Looking at checkpoints imports no torch, so the functions are not imported all at once.
     _FILES = {
         "saving": ("save", "Saving"),
         "jobs": ("Receipt",),
         "loading": ("load", "Loaded"),
-        "custom": ("CheckpointType",),
+        "trees.custom": ("CheckpointType",),
         "foreign.loading": ("load_raw",),
         "exporting": ("consolidate",),
         "retention": ("retained", "prune_checkpoints"),

@@ -5,9 +5,9 @@ import json
 from collections.abc import Mapping
 
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.manifest import ARRAYS, leaf_json, node_json, path_text
-from fabricfn.checkpoint.outline import listing
+from fabricfn.checkpoint.format.manifest import ARRAYS, leaf_json, node_json, path_text
 from fabricfn.checkpoint.sharing import Draft
+from fabricfn.checkpoint.trees.outline import listing
 from fabricfn.errors import MismatchError
 from fabricfn.world import World
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from fabricfn.checkpoint.arrays import bytes_of
-from fabricfn.checkpoint.boxes import Box, whole
-from fabricfn.checkpoint.commit import make_folders
-from fabricfn.checkpoint.manifest import ARRAYS, DTYPES, EXPORTED, Leaf, Manifest, Node, array_bytes, path_text
-from fabricfn.checkpoint.objects import local_path
-from fabricfn.checkpoint.opening import opened, unfinished
-from fabricfn.checkpoint.outline import Only, Path as Keys, listing, nothing_selected, prune
-from fabricfn.checkpoint.pieces import Source
-from fabricfn.checkpoint.placements import Part
-from fabricfn.checkpoint.reading import read_parts, torch_dtype
-from fabricfn.checkpoint.writing import sync_folder, write_file
+from fabricfn.checkpoint.format.boxes import Box, whole
+from fabricfn.checkpoint.format.manifest import ARRAYS, DTYPES, EXPORTED, Leaf, Manifest, Node, array_bytes, path_text
+from fabricfn.checkpoint.format.pieces import Source
+from fabricfn.checkpoint.format.writing import sync_folder, write_file
+from fabricfn.checkpoint.storage.commit import make_folders
+from fabricfn.checkpoint.storage.objects import local_path
+from fabricfn.checkpoint.storage.opening import opened, unfinished
+from fabricfn.checkpoint.trees.arrays import bytes_of
+from fabricfn.checkpoint.trees.outline import Only, Path as Keys, listing, nothing_selected, prune
+from fabricfn.checkpoint.trees.placements import Part
+from fabricfn.checkpoint.trees.reading import read_parts, torch_dtype
 from fabricfn.errors import CheckpointError
 
 BUFFER = 32 << 20

@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.arrays import chunks
-from fabricfn.checkpoint.custom import CheckpointType
 from fabricfn.checkpoint.differences import digest, raise_mismatch
-from fabricfn.checkpoint.manifest import Leaf, Manifest, Node, Piece, array_bytes
-from fabricfn.checkpoint.outline import Only
-from fabricfn.checkpoint.places import Store
+from fabricfn.checkpoint.format.manifest import Leaf, Manifest, Node, Piece, array_bytes
+from fabricfn.checkpoint.format.writing import Entry, header
 from fabricfn.checkpoint.progress import Progress, meter, told
-from fabricfn.checkpoint.riding import stated
 from fabricfn.checkpoint.sharing import (
     Chore,
     Draft,
@@ -32,8 +28,12 @@ from fabricfn.checkpoint.sharing import (
     shares,
     to_plain,
 )
+from fabricfn.checkpoint.storage.store import Store
 from fabricfn.checkpoint.stores import store_at
-from fabricfn.checkpoint.writing import Entry, header
+from fabricfn.checkpoint.trees.arrays import chunks
+from fabricfn.checkpoint.trees.custom import CheckpointType
+from fabricfn.checkpoint.trees.outline import Only
+from fabricfn.checkpoint.trees.riding import stated
 from fabricfn.errors import ConfigurationError
 from fabricfn.runtimes import Runtime
 from fabricfn.world import World

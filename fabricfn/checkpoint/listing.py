@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fabricfn.checkpoint.manifest import ARRAYS, Piece, array_bytes, path_text, paths_of, plain_value
-from fabricfn.checkpoint.objects import Options, at_once
-from fabricfn.checkpoint.opening import opened
-from fabricfn.checkpoint.pieces import PieceReader
-from fabricfn.checkpoint.shelves import Shelf, in_order, shelf_at
+from fabricfn.checkpoint.format.manifest import ARRAYS, Piece, array_bytes, path_text, paths_of, plain_value
+from fabricfn.checkpoint.format.pieces import PieceReader
+from fabricfn.checkpoint.storage.objects import Options, at_once
+from fabricfn.checkpoint.storage.opening import opened
+from fabricfn.checkpoint.storage.shelves import Shelf, in_order, shelf_at
 from fabricfn.errors import CheckpointError
 
 

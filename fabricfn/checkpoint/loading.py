@@ -8,16 +8,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fabricfn.checkpoint.adapters import Types
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.arrays import identity
-from fabricfn.checkpoint.custom import CheckpointType, types_of
-from fabricfn.checkpoint.downloading import TURNS, Replaced
-from fabricfn.checkpoint.fitting import Terms, fit
-from fabricfn.checkpoint.manifest import ARRAYS, Leaf, Node, path_text, plain_value
-from fabricfn.checkpoint.objects import REQUESTS
-from fabricfn.checkpoint.opening import opened
-from fabricfn.checkpoint.outline import (
+from fabricfn.checkpoint.format.manifest import ARRAYS, Leaf, Node, path_text, plain_value
+from fabricfn.checkpoint.format.pieces import Source
+from fabricfn.checkpoint.progress import Progress, Tell, meter
+from fabricfn.checkpoint.storage.downloading import TURNS, Replaced
+from fabricfn.checkpoint.storage.objects import REQUESTS
+from fabricfn.checkpoint.storage.opening import opened
+from fabricfn.checkpoint.trees.adapters import Types
+from fabricfn.checkpoint.trees.arrays import identity
+from fabricfn.checkpoint.trees.custom import CheckpointType, types_of
+from fabricfn.checkpoint.trees.fitting import Terms, fit
+from fabricfn.checkpoint.trees.outline import (
     Only,
     Path,
     idle_patterns,
@@ -28,12 +30,10 @@ from fabricfn.checkpoint.outline import (
     prune,
     selector,
 )
-from fabricfn.checkpoint.pieces import Source
-from fabricfn.checkpoint.plans import Fit, Want, built
-from fabricfn.checkpoint.progress import Progress, Tell, meter
-from fabricfn.checkpoint.reading import needed_bytes, read_leaf, room_for
-from fabricfn.checkpoint.renaming import Rename, renamed
-from fabricfn.checkpoint.riding import put_back
+from fabricfn.checkpoint.trees.plans import Fit, Want, built
+from fabricfn.checkpoint.trees.reading import needed_bytes, read_leaf, room_for
+from fabricfn.checkpoint.trees.renaming import Rename, renamed
+from fabricfn.checkpoint.trees.riding import put_back
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.leases import Place, caller
 from fabricfn.runtimes import Runtime

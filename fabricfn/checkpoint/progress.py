@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from fabricfn.checkpoint.manifest import BLOCK
+from fabricfn.checkpoint.format.manifest import BLOCK
 
 Progress = Callable[[int, int], object] | bool | None
 """(bytes done, bytes in all) of rank 0's part; True prints."""

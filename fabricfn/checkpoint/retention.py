@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.commit import check_target, sweep
+from fabricfn.checkpoint.format.manifest import ARRAYS, MANIFEST, Manifest, path_text, paths_of, plain_value
+from fabricfn.checkpoint.format.writing import sync_folder
 from fabricfn.checkpoint.listing import list_checkpoints
-from fabricfn.checkpoint.manifest import ARRAYS, MANIFEST, Manifest, path_text, paths_of, plain_value
-from fabricfn.checkpoint.objects import local_path
-from fabricfn.checkpoint.opening import ASIDE, opened, standing
-from fabricfn.checkpoint.writing import sync_folder
+from fabricfn.checkpoint.storage.commit import check_target, sweep
+from fabricfn.checkpoint.storage.objects import local_path
+from fabricfn.checkpoint.storage.opening import ASIDE, opened, standing
 from fabricfn.errors import CheckpointError, ConfigurationError, MismatchError
 from fabricfn.runtimes import Runtime
 

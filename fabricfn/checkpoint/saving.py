@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from fabricfn import errands
-from fabricfn.checkpoint.custom import CheckpointType
 from fabricfn.checkpoint.jobs import Job, Receipt, carried_out, planned
-from fabricfn.checkpoint.outline import Only
 from fabricfn.checkpoint.progress import Progress
 from fabricfn.checkpoint.snapshots import snapshot
+from fabricfn.checkpoint.trees.custom import CheckpointType
+from fabricfn.checkpoint.trees.outline import Only
 from fabricfn.collectives.groups import beside
 from fabricfn.runtimes import Runtime
 from fabricfn.watching import collective

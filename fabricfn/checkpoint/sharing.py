@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from fabricfn.checkpoint.boxes import Box, flaw, whole
-from fabricfn.checkpoint.manifest import ARRAYS, Leaf, array_bytes, path_text, stored_as
-from fabricfn.checkpoint.outline import Outline, leaves_of, listing
-from fabricfn.checkpoint.placements import layout_of, layout_text, local_tensor, narrowed, parts_of
+from fabricfn.checkpoint.format.boxes import Box, flaw, whole
+from fabricfn.checkpoint.format.manifest import ARRAYS, Leaf, array_bytes, path_text, stored_as
+from fabricfn.checkpoint.trees.outline import Outline, leaves_of, listing
+from fabricfn.checkpoint.trees.placements import layout_of, layout_text, local_tensor, narrowed, parts_of
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.sharding import is_sharded
 

@@ -2,13 +2,13 @@
 
 import os
 
-from fabricfn.checkpoint import commit
 from fabricfn.checkpoint.exporting import export_beside
-from fabricfn.checkpoint.manifest import DATA
-from fabricfn.checkpoint.objects import Options, local_path, url_of
-from fabricfn.checkpoint.places import Clear, Parts, Store
-from fabricfn.checkpoint.uploading import store_at_url
-from fabricfn.checkpoint.writing import write_file
+from fabricfn.checkpoint.format.manifest import DATA
+from fabricfn.checkpoint.format.writing import write_file
+from fabricfn.checkpoint.storage import commit
+from fabricfn.checkpoint.storage.objects import Options, local_path, url_of
+from fabricfn.checkpoint.storage.store import Clear, Parts, Store
+from fabricfn.checkpoint.storage.uploading import store_at_url
 
 
 def store_at(path: str | os.PathLike[str], options: Options = None) -> Store:

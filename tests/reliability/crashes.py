@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import fabricfn as ff
-from fabricfn.checkpoint import commit
+from fabricfn.checkpoint.storage import commit
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
 from tests.reliability.filesystem import WAYS, Disk, Recorder, after_failure, recorded, taken

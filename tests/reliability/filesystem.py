@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from fabricfn.checkpoint import commit, writing
+from fabricfn.checkpoint.format import writing
+from fabricfn.checkpoint.storage import commit
 
 NAMES = ("create", "mkdir", "rename", "exchange", "unlink", "rmdir")
 """The kinds of calls that change names."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fabricfn as ff
-from fabricfn.checkpoint import commit
+from fabricfn.checkpoint.storage import commit
 from fabricfn.errors import CheckpointError
 from tests.reliability.scene import (
     ALONE,

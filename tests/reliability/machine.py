@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fabricfn as ff
-from fabricfn.checkpoint import commit
+from fabricfn.checkpoint.storage import commit
 from fabricfn.testing import threads
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import torch
 
-from fabricfn.checkpoint.boxes import common, within
 from fabricfn.checkpoint.foreign.dcp_metadata import METADATA, Chunk, Item, items_of
 from fabricfn.checkpoint.foreign.torch_files import blob, opened_torch
 from fabricfn.checkpoint.foreign.values import Later, Stored, read
-from fabricfn.checkpoint.opening import READ, read_at
-from fabricfn.checkpoint.placements import Part, narrowed
+from fabricfn.checkpoint.format.boxes import common, within
+from fabricfn.checkpoint.storage.opening import READ, read_at
+from fabricfn.checkpoint.trees.placements import Part, narrowed
 from fabricfn.errors import CheckpointError
 
 META = "meta.pt"

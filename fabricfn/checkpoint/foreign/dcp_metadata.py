@@ -15,8 +15,8 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-from fabricfn.checkpoint.boxes import Box, flaw
 from fabricfn.checkpoint.foreign.values import Keys
+from fabricfn.checkpoint.format.boxes import Box, flaw
 from fabricfn.errors import CheckpointError
 
 METADATA = ".metadata"

@@ -8,7 +8,7 @@ import torch
 
 from fabricfn.checkpoint.foreign.names import Rename, canonical, is_state_dict, only_one, renamed
 from fabricfn.checkpoint.foreign.values import Keys, Refused, Stored, read, settled, tensor_text
-from fabricfn.checkpoint.manifest import path_text
+from fabricfn.checkpoint.format.manifest import path_text
 from fabricfn.errors import CheckpointError
 from fabricfn.records import Model
 

@@ -17,10 +17,10 @@ from fabricfn.checkpoint.foreign.names import Rename, at_key
 from fabricfn.checkpoint.foreign.optimizer_states import optimizer
 from fabricfn.checkpoint.foreign.places import opened_raw
 from fabricfn.checkpoint.foreign.values import PLAIN, Keys, Refused, Stored, leaves, settled
+from fabricfn.checkpoint.format.manifest import class_of
 from fabricfn.checkpoint.loading import Loaded
-from fabricfn.checkpoint.manifest import class_of
-from fabricfn.checkpoint.objects import unresolved
-from fabricfn.checkpoint.outline import MAPPINGS, listing, places
+from fabricfn.checkpoint.storage.objects import unresolved
+from fabricfn.checkpoint.trees.outline import MAPPINGS, listing, places
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.records import Model
 from fabricfn.runtimes import Runtime

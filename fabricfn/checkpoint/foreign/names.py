@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from fabricfn.checkpoint.foreign.values import Keys, Later, Refused, Stored
-from fabricfn.checkpoint.manifest import path_text
+from fabricfn.checkpoint.format.manifest import path_text
 from fabricfn.errors import CheckpointError
 from fabricfn.records import Model
 

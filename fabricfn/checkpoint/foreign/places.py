@@ -8,7 +8,7 @@ from typing import Any
 from fabricfn.checkpoint.foreign.dcp import opened_dcp
 from fabricfn.checkpoint.foreign.dcp_metadata import METADATA
 from fabricfn.checkpoint.foreign.hub_folders import INDEXES, SINGLES, inside, opened_file, opened_index
-from fabricfn.checkpoint.manifest import MANIFEST
+from fabricfn.checkpoint.format.manifest import MANIFEST
 from fabricfn.errors import CheckpointError
 
 

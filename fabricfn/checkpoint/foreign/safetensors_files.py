@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 
 from fabricfn.checkpoint.foreign.values import Refused, Stored
-from fabricfn.checkpoint.manifest import DTYPES
-from fabricfn.checkpoint.opening import read_at
-from fabricfn.checkpoint.placements import Part, narrowed
-from fabricfn.checkpoint.reading import read_box
+from fabricfn.checkpoint.format.manifest import DTYPES
+from fabricfn.checkpoint.storage.opening import read_at
+from fabricfn.checkpoint.trees.placements import Part, narrowed
+from fabricfn.checkpoint.trees.reading import read_box
 from fabricfn.errors import CheckpointError
 
 HEADER_LIMIT = 100 << 20

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from fabricfn.checkpoint.placements import Part, local_tensor, narrowed, parts_of
+from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of
 from fabricfn.errors import CheckpointError
 from fabricfn.sharding import is_sharded, with_local
 

@@ -6,11 +6,20 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fabricfn.checkpoint import commit
-from fabricfn.checkpoint.manifest import DATA, MANIFEST
-from fabricfn.checkpoint.objects import Objects, Options, is_object, listed, local_path, modified, objects_at, url_of
-from fabricfn.checkpoint.opening import ASIDE, standing
-from fabricfn.checkpoint.uploading import remove_at_url
+from fabricfn.checkpoint.format.manifest import DATA, MANIFEST
+from fabricfn.checkpoint.storage import commit
+from fabricfn.checkpoint.storage.objects import (
+    Objects,
+    Options,
+    is_object,
+    listed,
+    local_path,
+    modified,
+    objects_at,
+    url_of,
+)
+from fabricfn.checkpoint.storage.opening import ASIDE, standing
+from fabricfn.checkpoint.storage.uploading import remove_at_url
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

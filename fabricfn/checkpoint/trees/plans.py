@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from fabricfn.checkpoint.adapters import Adapter
-from fabricfn.checkpoint.outline import Path
+from fabricfn.checkpoint.trees.adapters import Adapter
+from fabricfn.checkpoint.trees.outline import Path
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fabricfn.checkpoint.retrying import patient
+from fabricfn.checkpoint.storage.retrying import patient
 from fabricfn.errors import CheckpointError
 
 T = TypeVar("T")

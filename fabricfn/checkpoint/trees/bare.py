@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from fabricfn.checkpoint.adapters import Adapter, Types, adapter_of, fields_of, record_from
-from fabricfn.checkpoint.manifest import Leaf, Node, class_of, path_text
-from fabricfn.checkpoint.matching import mapping_like
-from fabricfn.checkpoint.outline import MAPPINGS, Path
-from fabricfn.checkpoint.placements import hollow_like
-from fabricfn.checkpoint.plans import Build, Want, kept
+from fabricfn.checkpoint.format.manifest import Leaf, Node, class_of, path_text
+from fabricfn.checkpoint.trees.adapters import Adapter, Types, adapter_of, fields_of, record_from
+from fabricfn.checkpoint.trees.matching import mapping_like
+from fabricfn.checkpoint.trees.outline import MAPPINGS, Path
+from fabricfn.checkpoint.trees.placements import hollow_like
+from fabricfn.checkpoint.trees.plans import Build, Want, kept
 from fabricfn.leases import Place
 
 

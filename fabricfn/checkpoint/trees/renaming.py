@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from fabricfn.checkpoint.manifest import ANY, Node, class_of, path_text
-from fabricfn.checkpoint.outline import Path, is_state, listing
+from fabricfn.checkpoint.format.manifest import ANY, Node, class_of, path_text
+from fabricfn.checkpoint.trees.outline import Path, is_state, listing
 from fabricfn.errors import CheckpointError
 
 Rename = Mapping[str, str] | Callable[[str], str] | None

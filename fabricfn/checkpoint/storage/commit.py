@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fabricfn.checkpoint.manifest import DATA, EXPORTED, FILE_NAME, MANIFEST, Manifest, to_bytes
-from fabricfn.checkpoint.writing import sync_folder, write_file
+from fabricfn.checkpoint.format.manifest import DATA, EXPORTED, FILE_NAME, MANIFEST, Manifest, to_bytes
+from fabricfn.checkpoint.format.writing import sync_folder, write_file
 from fabricfn.errors import CheckpointError
 
 AT_FDCWD = -100

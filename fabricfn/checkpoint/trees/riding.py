@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import torch
 
-from fabricfn.checkpoint.adapters import ObjectState, Types, adapter_of, rides
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.arrays import chunks
-from fabricfn.checkpoint.custom import CheckpointType, types_of
-from fabricfn.checkpoint.manifest import ARRAYS, class_of, leaf_json, node_json, path_text
-from fabricfn.checkpoint.outline import MAPPINGS, Only, Outline, Path, leaves_of, outline
+from fabricfn.checkpoint.format.manifest import ARRAYS, class_of, leaf_json, node_json, path_text
+from fabricfn.checkpoint.trees.adapters import ObjectState, Types, adapter_of, rides
+from fabricfn.checkpoint.trees.arrays import chunks
+from fabricfn.checkpoint.trees.custom import CheckpointType, types_of
+from fabricfn.checkpoint.trees.outline import MAPPINGS, Only, Outline, Path, leaves_of, outline
 from fabricfn.errors import CheckpointError, FabricfnError, MismatchError
 from fabricfn.sharding import is_sharded
 from fabricfn.world import World

@@ -6,14 +6,14 @@ The template says what the result is made of. Where it has None, plain container
 import dataclasses
 from typing import Any
 
-from fabricfn.checkpoint.adapters import Adapter, Types, adapter_of, fields_of, rides
-from fabricfn.checkpoint.arrays import identity
-from fabricfn.checkpoint.bare import Bare
-from fabricfn.checkpoint.manifest import Leaf, Manifest, Node, class_of, path_text, plain_value
-from fabricfn.checkpoint.matching import fits, leaf_of, leaf_text, mapping_like, node_text, settled, unfillable
-from fabricfn.checkpoint.outline import MAPPINGS, Only, Path, is_state, leaf_paths, selector
-from fabricfn.checkpoint.plans import Build, Fit, kept
-from fabricfn.checkpoint.riding import state_of
+from fabricfn.checkpoint.format.manifest import Leaf, Manifest, Node, class_of, path_text, plain_value
+from fabricfn.checkpoint.trees.adapters import Adapter, Types, adapter_of, fields_of, rides
+from fabricfn.checkpoint.trees.arrays import identity
+from fabricfn.checkpoint.trees.bare import Bare
+from fabricfn.checkpoint.trees.matching import fits, leaf_of, leaf_text, mapping_like, node_text, settled, unfillable
+from fabricfn.checkpoint.trees.outline import MAPPINGS, Only, Path, is_state, leaf_paths, selector
+from fabricfn.checkpoint.trees.plans import Build, Fit, kept
+from fabricfn.checkpoint.trees.riding import state_of
 from fabricfn.leases import Place
 from fabricfn.world import World
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fabricfn.checkpoint.boxes import Box, whole
+from fabricfn.checkpoint.format.boxes import Box, whole
 from fabricfn.sharding import is_sharded, local_of, with_local
 
 Run = tuple[int, int]

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from fabricfn.checkpoint.adapters import OBJECT_STATE, Types, adapter_of, fields_of, rides
-from fabricfn.checkpoint.arrays import advice, array_leaf, identity
-from fabricfn.checkpoint.manifest import (
+from fabricfn.checkpoint.format.manifest import (
     ARRAYS,
     DEPTH_LIMIT,
     SURROGATES,
@@ -20,6 +18,8 @@ from fabricfn.checkpoint.manifest import (
     paths_of,
     plain_leaf,
 )
+from fabricfn.checkpoint.trees.adapters import OBJECT_STATE, Types, adapter_of, fields_of, rides
+from fabricfn.checkpoint.trees.arrays import advice, array_leaf, identity
 from fabricfn.errors import CheckpointError
 
 Path = tuple[str | int, ...]

@@ -9,8 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
-from fabricfn.checkpoint.boxes import flaw
-from fabricfn.checkpoint.manifest import (
+from fabricfn.checkpoint.format.boxes import flaw
+from fabricfn.checkpoint.format.manifest import (
     ARRAYS,
     BLOCK,
     CONTAINERS,

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from fabricfn.checkpoint.manifest import class_of, path_text
+from fabricfn.checkpoint.format.manifest import class_of, path_text
 from fabricfn.errors import CheckpointError, FabricfnError
 from fabricfn.leases import Lease, Place
 from fabricfn.records import Grads, Model, handed_on

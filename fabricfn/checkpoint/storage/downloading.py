@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from fabricfn.checkpoint.manifest import DATA, MANIFEST, MANIFEST_LIMIT, Manifest, path_text, paths_of
-from fabricfn.checkpoint.objects import Objects, Options, at_once, get, is_object, listed, objects_at, size_of
-from fabricfn.checkpoint.pieces import Source
-from fabricfn.checkpoint.validation import from_bytes
-from fabricfn.checkpoint.writing import Entry, entries_of, header
+from fabricfn.checkpoint.format.manifest import DATA, MANIFEST, MANIFEST_LIMIT, Manifest, path_text, paths_of
+from fabricfn.checkpoint.format.pieces import Source
+from fabricfn.checkpoint.format.validation import from_bytes
+from fabricfn.checkpoint.format.writing import Entry, entries_of, header
+from fabricfn.checkpoint.storage.objects import Objects, Options, at_once, get, is_object, listed, objects_at, size_of
 from fabricfn.errors import CheckpointError
 
 TURNS = 10

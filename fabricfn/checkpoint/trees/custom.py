@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from fabricfn.checkpoint.adapters import ADAPTERS, OBJECT_STATE, Adapter, Types
+from fabricfn.checkpoint.trees.adapters import ADAPTERS, OBJECT_STATE, Adapter, Types
 from fabricfn.errors import ConfigurationError
 from fabricfn.leases import Place
 

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fabricfn.checkpoint.arrays import bytes_of
-from fabricfn.checkpoint.boxes import Box, common, within
-from fabricfn.checkpoint.manifest import BLOCK, Leaf
-from fabricfn.checkpoint.pieces import PieceReader, Source
-from fabricfn.checkpoint.placements import Part, local_tensor, narrowed, parts_of
+from fabricfn.checkpoint.format.boxes import Box, common, within
+from fabricfn.checkpoint.format.manifest import BLOCK, Leaf
+from fabricfn.checkpoint.format.pieces import PieceReader, Source
+from fabricfn.checkpoint.trees.arrays import bytes_of
+from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of
 from fabricfn.errors import CheckpointError
 from fabricfn.leases import bump
 from fabricfn.sharding import with_local

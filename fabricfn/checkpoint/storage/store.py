@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fabricfn.checkpoint.manifest import Manifest
+from fabricfn.checkpoint.format.manifest import Manifest
 
 Clear = Callable[[], None]
 Parts = Callable[[], Iterable[Iterable[memoryview]]]

@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-from fabricfn.checkpoint.downloading import inside, open_url
-from fabricfn.checkpoint.manifest import DATA, MANIFEST, MANIFEST_LIMIT, Manifest
-from fabricfn.checkpoint.objects import Options, local_path, url_of
-from fabricfn.checkpoint.pieces import Source
-from fabricfn.checkpoint.validation import from_bytes
-from fabricfn.checkpoint.writing import entries_of, header
+from fabricfn.checkpoint.format.manifest import DATA, MANIFEST, MANIFEST_LIMIT, Manifest
+from fabricfn.checkpoint.format.pieces import Source
+from fabricfn.checkpoint.format.validation import from_bytes
+from fabricfn.checkpoint.format.writing import entries_of, header
+from fabricfn.checkpoint.storage.downloading import inside, open_url
+from fabricfn.checkpoint.storage.objects import Options, local_path, url_of
 from fabricfn.errors import CheckpointError
 
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

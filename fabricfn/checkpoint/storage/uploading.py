@@ -11,9 +11,11 @@ import contextlib
 from collections.abc import Iterable
 from datetime import timedelta
 
-from fabricfn.checkpoint.downloading import manifest_bytes
-from fabricfn.checkpoint.manifest import DATA, EXPORTED, FILE_NAME, MANIFEST, Manifest, to_bytes
-from fabricfn.checkpoint.objects import (
+from fabricfn.checkpoint.format.manifest import DATA, EXPORTED, FILE_NAME, MANIFEST, Manifest, to_bytes
+from fabricfn.checkpoint.format.validation import from_bytes
+from fabricfn.checkpoint.format.writing import put_parts
+from fabricfn.checkpoint.storage.downloading import manifest_bytes
+from fabricfn.checkpoint.storage.objects import (
     Objects,
     Options,
     at_once,
@@ -27,10 +29,8 @@ from fabricfn.checkpoint.objects import (
     size_of,
     upload,
 )
-from fabricfn.checkpoint.places import Clear, Parts, Store
-from fabricfn.checkpoint.retrying import patient
-from fabricfn.checkpoint.validation import from_bytes
-from fabricfn.checkpoint.writing import put_parts
+from fabricfn.checkpoint.storage.retrying import patient
+from fabricfn.checkpoint.storage.store import Clear, Parts, Store
 from fabricfn.errors import CheckpointError
 
 DEAD = timedelta(hours=24)

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from fabricfn.checkpoint.manifest import BLOCK, Manifest, Piece
+from fabricfn.checkpoint.format.manifest import BLOCK, Manifest, Piece
 from fabricfn.errors import CheckpointError
 
 AHEAD = 2

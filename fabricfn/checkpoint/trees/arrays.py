@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fabricfn.checkpoint.manifest import BLOCK, DTYPES, NUMPY, RAW_DTYPES, Leaf, class_of, too_large
-from fabricfn.checkpoint.placements import Unmapped, layout_of, local_tensor, parts_of
+from fabricfn.checkpoint.format.manifest import BLOCK, DTYPES, NUMPY, RAW_DTYPES, Leaf, class_of, too_large
+from fabricfn.checkpoint.trees.placements import Unmapped, layout_of, local_tensor, parts_of
 from fabricfn.sharding import is_sharded
 
 WRITE_INSTEAD: tuple[tuple[Any, str], ...] = (

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fabricfn.checkpoint.arrays import advice, array_leaf, shard_fault
-from fabricfn.checkpoint.manifest import ANY, ARRAYS, Leaf, Node, plain_leaf
-from fabricfn.checkpoint.placements import local_tensor
+from fabricfn.checkpoint.format.manifest import ANY, ARRAYS, Leaf, Node, plain_leaf
+from fabricfn.checkpoint.trees.arrays import advice, array_leaf, shard_fault
+from fabricfn.checkpoint.trees.placements import local_tensor
 from fabricfn.sharding import is_sharded
 
 

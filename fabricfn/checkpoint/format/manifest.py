@@ -14,7 +14,7 @@ import math
 import re
 from typing import Any
 
-from fabricfn.checkpoint.boxes import Box
+from fabricfn.checkpoint.format.boxes import Box
 from fabricfn.errors import CheckpointError
 
 FORMAT = "fabricfn-checkpoint"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-from fabricfn.checkpoint.manifest import BLOCK, DTYPES, Leaf, Piece, stored_as
+from fabricfn.checkpoint.format.manifest import BLOCK, DTYPES, Leaf, Piece, stored_as
 
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 SMALL = 1 << 20

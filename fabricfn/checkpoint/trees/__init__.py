@@ -1,0 +1,1 @@
+"""What is in a checkpoint: trees of containers, records and arrays; templates, selections and names."""
