@@ -55,8 +55,18 @@ def test_donate_refuses_memory_that_cannot_hold_what_is_there(tmp_path):
     expanded = torch.zeros(1, 3).expand(2, 3)
     with pytest.raises(CheckpointError) as caught:
         ff.load(RT, tmp_path / "c", {"a": shared, "b": shared, "c": expanded, "n": frozen}, donate=True)
-    assert all(part in str(caught.value) for part in ("3 places", "at two places", "share memory", "read-only"))
+    assert all(
+        part in str(caught.value) for part in ("3 places", "at two places", "share memory with each other", "read-only")
+    )
     assert shared.sum() == 0
+
+    ff.save(RT, tmp_path / "two", {"x": torch.ones(4), "y": torch.full((4,), 2.0)})
+    with pytest.raises(CheckpointError, match="y: donate=True cannot fill it, as it shares memory with x; clone it"):
+        ff.load(RT, tmp_path / "two", {"x": shared[:4], "y": shared[2:]}, donate=True)
+    assert shared.sum() == 0
+    halves = torch.zeros(8)
+    ff.load(RT, tmp_path / "two", {"x": halves[:4], "y": halves[4:]}, donate=True)
+    assert halves.tolist() == [1.0] * 4 + [2.0] * 4
 
 
 # ---------------------------------------------------------------- templates that do not fit

@@ -10,7 +10,16 @@ from fabricfn.checkpoint.format.manifest import Leaf, Manifest, Node, class_of, 
 from fabricfn.checkpoint.trees.adapters import Adapter, Types, adapter_of, fields_of, rides
 from fabricfn.checkpoint.trees.arrays import identity
 from fabricfn.checkpoint.trees.bare import Bare
-from fabricfn.checkpoint.trees.matching import fits, leaf_of, leaf_text, mapping_like, node_text, settled, unfillable
+from fabricfn.checkpoint.trees.matching import (
+    fits,
+    leaf_of,
+    leaf_text,
+    mapping_like,
+    node_text,
+    settled,
+    span,
+    unfillable,
+)
 from fabricfn.checkpoint.trees.outline import MAPPINGS, Only, Path, is_state, leaf_paths, selector
 from fabricfn.checkpoint.trees.plans import Build, Fit, kept
 from fabricfn.checkpoint.trees.riding import state_of
@@ -222,6 +231,7 @@ class _Fitter:
     def check_donated(self) -> None:
         """Memory that is filled can hold one array only."""
         filled: dict[Any, int] = {}
+        spans: dict[Any, tuple[tuple[str, int, int], Path]] = {}
         for want in self.bare.wants:
             place, leaf = identity(want.like), self.leaves[want.leaf]
             base = want.leaf if leaf.alias is None else leaf.alias
@@ -230,3 +240,17 @@ class _Fitter:
             text = unfillable(want.like)
             if text and not want.standing_in:
                 self.bare.problem(want.path, f"donate=True cannot fill {text}")
+            where = span(want.like)
+            if where is not None:
+                spans[place] = where, want.path
+        self.check_apart(list(spans.values()))
+
+    def check_apart(self, spans: list[tuple[tuple[str, int, int], Path]]) -> None:
+        """Two arrays that share some memory cannot both be filled."""
+        before: tuple[str, int, Path] = "", 0, ()
+        for (device, begin, end), path in sorted(spans, key=lambda item: item[0]):
+            if device == before[0] and begin < before[1]:
+                text = f"donate=True cannot fill it, as it shares memory with {path_text(before[2])}; clone it"
+                self.bare.problem(path, text)
+            if device != before[0] or end > before[1]:
+                before = device, end, path

@@ -96,6 +96,22 @@ def _overlaps(value: torch.Tensor) -> bool:
     return False
 
 
+def span(like: Any) -> tuple[str, int, int] | None:
+    """The device of an array's memory, where that begins, and where it ends; None where there is none."""
+    if isinstance(like, torch.Tensor):
+        local = local_tensor(like)
+        if local.is_meta or not local.numel():
+            return None
+        size, device, place = local.element_size(), str(local.device), local.data_ptr()
+        reach = [stride * (length - 1) * size for stride, length in zip(local.stride(), local.shape, strict=True)]
+    elif type(like) is np.ndarray and like.size:
+        size, device, place = like.itemsize, "cpu", int(like.ctypes.data)
+        reach = [stride * (length - 1) for stride, length in zip(like.strides, like.shape, strict=True)]
+    else:
+        return None
+    return device, place + sum(min(step, 0) for step in reach), place + sum(max(step, 0) for step in reach) + size
+
+
 def mapping_like(like: Any, items: dict[Any, Any]) -> Any:
     """`items` in a mapping of the class of `like`."""
     if type(like) is dict:
