@@ -1,0 +1,195 @@
+"""The options of strategies: each gives the gradients of `single`, does what it says, and is checked."""
+
+import pytest
+import torch
+from torch import nn
+
+import fabricfn as ff
+from fabricfn import sharding, testing
+from fabricfn.errors import ConfigurationError
+from fabricfn.strategies import ddp, fsdp
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x + self.fc(x).tanh() * self.gain
+
+
+class Net(nn.Module):
+    """`last=False` leaves the last block out."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x, last=True):
+        x = self.inp(x)
+        for block in self.blocks[: None if last else 2]:
+            x = block(x)
+        return self.out(x)
+
+
+def built(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Net().double()
+    net.blocks[1].fc.weight.requires_grad_(False)
+    return net
+
+
+NET = built()  # not in the ranks: threads share the generator
+X = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def squares(net, x, **options):
+    return net(x, **options).square().mean()
+
+
+def rows(rt):
+    return X.tensor_split(rt.world_size)[rt.rank]
+
+
+def wholes(params):
+    return {name: None if value is None else sharding.whole(value) for name, value in params.items()}
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    assert list(found) == list(expected)
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def threads():
+    with testing.threads(4) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with testing.processes(2) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
+
+
+def single_grads(loss_fn=squares, module=NET):
+    rt = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
+    return ff.value_and_grad(rt, loss_fn, allow_unused=True)(ff.setup_model(rt, module), X)[1].params
+
+
+# fsdp
+
+
+def steps(rt, factor=1.0):
+    """Gradients at several values, and a unit that runs only now and then: what was gathered must never go stale."""
+    model = ff.setup_model(rt, NET)
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    x = rows(rt)
+    for last in (True, False, True):
+        short = ff.apply(rt, model, x, last=False)
+        _, grads = ff.value_and_grad(rt, squares, allow_unused=True)(model, x, last=last)
+        grads = ff.tree_map(lambda grad: grad * factor, grads)
+        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=True)
+    return wholes(model.params), short
+
+
+FSDP = {
+    "offload": {"cpu_offload": True},
+    "prefetch 1": {"prefetch": 1},
+    "prefetch 2": {"prefetch": 2, "reshard_after_forward": False},
+    "groups of 2": {"reshard_after_forward": 2},
+    "ignored by pattern": {"ignored_params": ("inp.*", "blocks.0.*")},
+    "ignored by predicate": {"ignored_params": lambda name, slot: slot.dim() == 1, "units": nn.Linear},
+    "all": {"cpu_offload": True, "prefetch": 1, "ignored_params": "out.bias", "gradient_divide_factor": 4},
+}
+
+
+@pytest.mark.parametrize("options", FSDP.values(), ids=FSDP)
+def test_options_of_fsdp_train_as_single(threads, alone, options):
+    expected, _ = steps(alone)
+    for found, _ in threads.run(steps, strategy=fsdp(**options), precision=64):
+        assert_close(found, expected)
+
+
+def test_the_divide_factor_scales_every_gradient(threads, processes, alone):
+    expected, _ = steps(alone)
+    for ranks, size in ((threads, 1), (threads, 3), (processes, 2)):
+        for factor in (1, 2.5):
+            strategy = fsdp(gradient_divide_factor=factor, ignored_params="inp.bias")
+            for found, _ in ranks.run(steps, factor / size, strategy=strategy, precision=64, world_size=size):
+                assert_close(found, expected)
+
+
+def parts(rt):
+    params = ff.setup_model(rt, NET).params
+    return {name for name, value in params.items() if not sharding.is_sharded(value)}
+
+
+def test_ignored_parameters_stay_whole(threads):
+    scalars = {f"blocks.{i}.gain" for i in range(3)}
+    for ignored, more in (("inp.*", {"inp.weight", "inp.bias"}), (lambda name, slot: name == "out.bias", {"out.bias"})):
+        assert threads.run(parts, strategy=fsdp(ignored_params=ignored), world_size=2) == [scalars | more] * 2
+
+
+def gathered_at(rt):
+    """Which blocks are gathered, or on the way, when each block's forward begins."""
+    model = ff.setup_model(rt, NET)
+    seen = []
+
+    def loss_fn(net, x):
+        def note(block, args):
+            groups = [b._get_fsdp_state()._fsdp_param_groups[0] for b in net.blocks]
+            seen.append([group._all_gather_result is not None or group.is_unsharded for group in groups])
+
+        handles = [block.register_forward_pre_hook(note) for block in net.blocks]
+        loss = squares(net, x)
+        for handle in handles:
+            handle.remove()
+        return loss
+
+    ff.value_and_grad(rt, loss_fn)(model, rows(rt))
+    return seen
+
+
+def test_prefetching_gathers_units_ahead(threads):
+    one, two, three = ([i == j for i in range(3)] for j in range(3))
+    assert threads.run(gathered_at, strategy=fsdp(), precision=64, world_size=2)[0] == [one, two, three]
+    ahead = threads.run(gathered_at, strategy=fsdp(prefetch=1), precision=64, world_size=2)[0]
+    assert ahead == [[True, True, False], [False, True, True], [False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"reshard_after_forward": 0}, "reshard_after_forward=0 must be True, False"),
+        ({"reshard_after_forward": "no"}, "reshard_after_forward='no' must be"),
+        ({"gradient_divide_factor": 0}, "must be a positive number"),
+        ({"gradient_divide_factor": float("inf")}, "must be a positive number"),
+        ({"prefetch": -1}, "prefetch=-1 must be a whole number"),
+        ({"prefetch": True}, "prefetch=True must be a whole number"),
+        ({"ignored_params": 3}, "must be a pattern of names"),
+    ],
+)
+def test_options_of_fsdp_are_checked(options, match):
+    with pytest.raises(ConfigurationError, match=match):
+        fsdp(**options)
+
+
+def refused(rt, match):
+    with pytest.raises(ConfigurationError, match=match):
+        ff.setup_model(rt, NET)
+
+
+def test_options_of_fsdp_that_do_not_fit_the_world_or_the_net(threads):
+    threads.run(refused, "must divide the 3 ranks", strategy=fsdp(reshard_after_forward=2), world_size=3)
+    threads.run(refused, r"no parameter fits 'x\*'; there are inp", strategy=fsdp(ignored_params="x*"), world_size=2)
