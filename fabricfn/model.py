@@ -27,6 +27,7 @@ from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
 from fabricfn.scaling import first_scale
 from fabricfn.sharding import is_sharded, whole
+from fabricfn.strategies.units import Units
 from fabricfn.tree import tree_map
 from fabricfn.watching import collective
 
@@ -41,6 +42,7 @@ def setup_model(
     move_to_device: bool = True,
     donate: bool = False,
     compile: Compile = False,
+    activation_checkpointing: Units = None,
 ) -> Model:
     """The values of a module as a `Model`, ready to be trained under the runtime's strategy and precision.
 
@@ -54,6 +56,9 @@ def setup_model(
         donate: take the module over instead of copying it; do not use it afterwards.
         compile: True, or a mapping of options for `torch.compile`. A module that was compiled already is compiled
             again, outside of everything else.
+        activation_checkpointing: the sub-modules whose forward pass is computed again in the backward pass, instead of
+            keeping its activations: "auto" for the repeated blocks of lists, a module class or a tuple of them, or a
+            predicate `(name, module) -> bool`. Under every strategy; loss, gradients and buffers stay the same.
 
     Returns:
         A Model with the parameters in `rt.precision.param_dtype` (left as they are under a "-mixed" precision) and in
@@ -62,6 +67,7 @@ def setup_model(
     Raises:
         ModelError: lazy parameters, or parameters on the meta device.
         MismatchError: the ranks hold different modules.
+        ConfigurationError: activation_checkpointing chooses nothing that has a forward.
 
     Example:
         >>> import torch, fabricfn as ff
@@ -72,7 +78,14 @@ def setup_model(
     """
     if not isinstance(module_or_factory, nn.Module):
         module_or_factory, donate = init_module(rt, module_or_factory), True
-    engine, values = build(rt, module_or_factory, move_to_device=move_to_device, donate=donate, compile=compile)
+    engine, values = build(
+        rt,
+        module_or_factory,
+        move_to_device=move_to_device,
+        donate=donate,
+        compile=compile,
+        activation_checkpointing=activation_checkpointing,
+    )
     frame = engine.frames[0]
     signature = tuple((name, str(value.dtype), tuple(value.shape)) for name, value in values.items())
     model = Model(
