@@ -11,6 +11,7 @@ from torch import nn
 
 from fabricfn.copying import add_casts, check_module, copy_module, placing, uncompiled
 from fabricfn.cutting import cut, take_first, without_values
+from fabricfn.deferring import Tape
 from fabricfn.engine import Engine, Frame, Place, named_modules
 from fabricfn.errors import MismatchError
 from fabricfn.records import Model
@@ -81,6 +82,7 @@ def build(
     donate: bool,
     compile: Compile,
     activation_checkpointing: Units = None,
+    tape: Tape | None = None,
 ) -> tuple[Engine, dict[str, torch.Tensor]]:
     """The engine of a module, with its first frame tied to the strategy, and the values. Every rank must call it."""
     strategy, world = rt.strategy, rt.world
@@ -125,7 +127,7 @@ def build(
         values = {name: slot.data for name, slot in zip(first.names, first.slots, strict=True)}
     else:
         first = grow(False)
-        values = cut(world, net, template, dict(zip(first.names, first.slots, strict=True)), shard, place)
+        values = cut(world, net, template, dict(zip(first.names, first.slots, strict=True)), shard, place, tape)
         for buffer, value in zip(first.net.buffers(), template.buffers(), strict=True):
             buffer.copy_(value)
     take_first(world, list(buffers_of(first).values()))

@@ -1,5 +1,7 @@
 """The options of strategies: each gives the gradients of `single`, does what it says, and is checked."""
 
+import multiprocessing
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import fabricfn as ff
 from fabricfn import sharding, testing
 from fabricfn.errors import ConfigurationError
+from fabricfn.starting.request import Request, start_method_of
 from fabricfn.strategies import ddp, fsdp
 
 
@@ -283,3 +286,111 @@ def test_a_module_that_was_checkpointed_leaves_as_it_was_written(alone):
     for wrong, match in ((nn.GRU, "chooses no module"), ("all", "chooses no modules"), (nn.ModuleList, "chooses no")):
         with pytest.raises(ConfigurationError, match=match):
             ff.setup_model(alone, NORMED, activation_checkpointing=wrong)
+
+
+# ddp
+
+
+def averaged(rt):
+    model = ff.setup_model(rt, NET)
+    for _ in range(2):
+        _, grads = ff.accumulate(rt, squares)(model, rows(rt).chunk(2))
+    return grads.params
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"comm_hook": "bf16"}, 2e-2),
+        ({"comm_hook": "fp16"}, 1e-3),
+        ({"comm_hook": "bf16", "static_graph": True, "gradient_as_bucket_view": True}, 2e-2),
+        ({"static_graph": True, "bucket_cap_mb": 1e-4}, 1e-12),
+        ({"bucket_cap_mb_list": [1, 2], "batched_grad_copy": True}, 1e-12),
+        ({"find_unused_parameters": True, "skip_all_reduce_unused_params": True}, 1e-12),
+    ],
+    ids=str,
+)
+def test_options_of_ddp_average_gradients(processes, options, tolerance):
+    expected = single_grads()
+    for found in processes.run(averaged, strategy=ddp(**options), precision=64, world_size=2):
+        assert_close(found, expected, tolerance)
+        rounded = any(
+            not torch.equal(value, expected[name]) for name, value in found.items() if value is not None
+        )
+        assert rounded or tolerance < 1e-10
+
+
+def test_a_low_rank_hook_loses_what_has_a_higher_rank(processes):
+    state = {"matrix_approximation_rank": 1, "start_powerSGD_iter": 2, "min_compression_rate": 1}
+    strategy = ddp(comm_hook="powersgd", comm_state=state)
+    first, second = processes.run(compressed, strategy=strategy, precision=64)
+    assert torch.equal(first[0], second[0])
+    assert [torch.linalg.matrix_rank(grad, rtol=1e-9).item() for grad in first] == [3, 3, 1]
+
+
+def compressed(rt):
+    """The gradients of the first calls; no scalars, which torch's hook does not know."""
+    with pytest.raises(ff.CapabilityError, match=r"without dimensions: blocks.0.gain, blocks.1.gain"):
+        ff.setup_model(rt, NET)
+    model = ff.setup_model(rt, NORMED)
+    grad_fn = ff.value_and_grad(rt, squares)
+    return [grad_fn(model, rows(rt))[1].params["3.weight"] for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"find_unused_parameter": True}, r"no option find_unused_parameter; .*Did you mean find_unused_parameters\?"),
+        ({"broadcast_buffers": True}, r'decided by fabricfn: write value_and_grad\(..., buffers="rank0"'),
+        ({"mixed_precision": None}, "Precision"),
+        ({"static_graph": 1}, "static_graph=1.* must be True or False"),
+        ({"bucket_cap_mb": -1}, "must be a positive number of MiB"),
+        ({"comm_hook": "bf61"}, "there are 'bf16', 'fp16', 'powersgd'"),
+        ({"comm_hook": 3}, "neither a function nor one of"),
+        ({"comm_hook": "bf16", "comm_state": {}}, "has no comm_state"),
+        ({"comm_hook": "powersgd", "comm_state": {"rank": 2}}, "There are matrix_approximation_rank"),
+        ({"comm_hook": "powersgd", "comm_state": {"start_powerSGD_iter": 1}}, "start_powerSGD_iter"),
+    ],
+)
+def test_options_of_ddp_are_checked(options, match):
+    with pytest.raises(ConfigurationError, match=match):
+        ddp(**options)
+
+
+# Strings
+
+
+def test_every_string_is_a_strategy_and_a_wrong_one_suggests():
+    known = ff.strategies.NAMES | ff.strategies.PRESETS
+    for name in known:
+        found = ff.strategies.resolve(name, 1)
+        assert isinstance(found, ff.Strategy)
+        assert name.startswith(found.name)
+    assert ff.strategies.resolve("ddp_find_unused_parameters_true", 2).check_unused() is None
+    for wrong, right in (("dpp", "ddp"), ("fdsp", "fsdp"), ("DDP_Spawn", "ddp_spawn"), ("ddp_find_unused", "ddp_")):
+        with pytest.raises(ConfigurationError, match=f'Did you mean "{right}.*There are .auto., .single.'):
+            ff.strategies.resolve(wrong, 2)
+    with pytest.raises(ConfigurationError, match="is unknown. There are"):
+        ff.strategies.resolve("horovod", 2)
+
+
+def where(rt):
+    return rt.strategy.name, rt.world_size, multiprocessing.current_process().name.split("-")[0]
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp_fork", "ForkProcess"), ("ddp_notebook", "ForkProcess")])
+def test_strings_that_say_how_launch_starts_ranks(strategy, kind):
+    assert ff.launch(where, devices=2, accelerator="cpu", strategy=strategy) == [("ddp", 2, kind)] * 2
+
+
+def test_which_method_a_string_means_and_contradictions():
+    for strategy, given, method in (
+        ("ddp_spawn", "auto", "spawn"),
+        ("ddp_spawn", "spawn", "spawn"),
+        ("ddp", "spawn", "spawn"),
+        ("ddp", "auto", "auto"),
+        (ddp(), "fork", "fork"),
+    ):
+        assert start_method_of(Request(strategy=strategy, start_method=given)) == method
+    with pytest.raises(ConfigurationError, match=r"'ddp_fork' means start_method=\"fork\", but start_method='spawn'"):
+        ff.launch(where, devices=2, accelerator="cpu", strategy="ddp_fork", start_method="spawn")
