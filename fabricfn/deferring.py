@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fabricfn.engine import named_modules
 from fabricfn.errors import ModelError
+from fabricfn.random import device_generator
 from fabricfn.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 disabled: Any = _disable_current_modes
@@ -46,7 +47,7 @@ class Place:
 def place_of(tensor: torch.Tensor) -> Place:
     """The place of a tensor on the meta device."""
     key = tensor.untyped_storage()._cdata
-    return Place(key, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    return Place(key, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Op:
     """The tensors with memory among the arguments; they must still be what they were."""
     generator: torch.Generator | None
     state: torch.Tensor | None
+    default_dtype: torch.dtype
+    """What torch's default was: the product of integers and a float is of that dtype."""
 
 
 class Tape:
@@ -109,7 +112,12 @@ class Tape:
         before = None if op.generator is None else op.generator.get_state()
         if op.generator is not None and op.state is not None:
             op.generator.set_state(op.state)
-        found = run(op.fn, op.leaves, op.spec, memory, self.device)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(op.default_dtype)
+        try:
+            found = run(op.fn, op.leaves, op.spec, memory, self.device)
+        finally:
+            torch.set_default_dtype(default)
         if op.generator is not None and before is not None:
             op.generator.set_state(before)
         for place, tensor in zip(op.results, tree_leaves(found), strict=True):
@@ -117,8 +125,9 @@ class Tape:
                 continue
             if tensor.stride() != place.stride or tensor.storage_offset() != place.offset:
                 laid = torch.empty_strided(place.size, place.stride, dtype=place.dtype, device=tensor.device)
-                tensor = laid.copy_(tensor)
-            memory[place.storage] = tensor.untyped_storage()
+                memory[place.storage] = laid.copy_(tensor).untyped_storage()
+            else:
+                memory[place.storage] = tensor.untyped_storage()
 
 
 def seen(storage: torch.UntypedStorage, place: Place, device: torch.device) -> torch.Tensor:
@@ -181,8 +190,9 @@ class Record(TorchDispatchMode):
         if fresh or written:
             kept = [place_of(leaf) if isinstance(leaf, torch.Tensor) and leaf.is_meta else leaf for leaf in leaves]
             true = [(tensor, tensor._version) for tensor in tensors if not tensor.is_meta]
+            default = torch.get_default_dtype()
             self.tape.alive += results
-            self.tape.write(Op(func, kept, spec, list(places), true, generator, state), fresh | written)
+            self.tape.write(Op(func, kept, spec, list(places), true, generator, state, default), fresh | written)
         return found
 
     def truly(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -201,7 +211,7 @@ class Record(TorchDispatchMode):
         """The state of the generator before a random operation, which has drawn its numbers afterwards."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return None, None
-        generator = kwargs.get("generator") or generator_of(self.tape.device)
+        generator = kwargs.get("generator") or device_generator(self.tape.device)
         state = generator.get_state()
         with disabled():
             if len(hollow) == 1 and written:  # it writes over what was there
@@ -230,14 +240,6 @@ def changed(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 def is_true(leaf: Any) -> bool:
     """Whether it is a tensor with memory that an operation on the meta device would refuse."""
     return isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.dim() > 0
-
-
-def generator_of(device: torch.device) -> torch.Generator:
-    """The device's own generator."""
-    if device.type == "cpu":
-        return torch.default_generator
-    module: Any = torch.get_device_module(device)
-    return module.default_generators[module.current_device() if device.index is None else device.index]
 
 
 class Look(TorchFunctionMode):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
-from fabricfn.accelerators import Choice, available, choose
+from fabricfn.accelerators import Choice, available, choose, in_one_process
 from fabricfn.environments import Topology
 from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import STOP_SIGNALS, numbers_of
@@ -78,7 +78,7 @@ def choice_of(request: Request) -> Choice:
     Precision.parse(request.precision)
     choice = choose(request.accelerator, request.devices, available())
     check_name(request.precision, choice.accelerator)
-    return choice
+    return in_one_process(choice) if request.strategy == "dp" else choice
 
 
 def start_method_of(request: Request) -> str:

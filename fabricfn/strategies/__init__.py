@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabricfn.errors import ConfigurationError
 from fabricfn.strategies.ddp import ddp as ddp
+from fabricfn.strategies.dp import dp as dp
 from fabricfn.strategies.functional import functional as functional
 from fabricfn.strategies.single import single as single
 from fabricfn.strategy import Strategy
@@ -35,6 +36,7 @@ NAMES: dict[str, Callable[[], Strategy]] = {
 
 
 PRESETS: dict[str, Callable[[], Strategy]] = {
+    "dp": dp,
     **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), ddp),
     "ddp_find_unused_parameters_true": partial(ddp, find_unused_parameters=True),
     "fsdp_cpu_offload": lambda: __getattr__("fsdp")(cpu_offload=True),
@@ -49,8 +51,8 @@ def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
     """The record that `init_runtime(strategy=...)` means.
 
     Args:
-        strategy: a name of `NAMES` or `PRESETS`; "auto", which is `single` for one rank and `ddp` for more; a record, which is
-            returned as it is; or "package.module:factory" for a function without arguments that returns one.
+        strategy: a name of `NAMES` or `PRESETS`; "auto", which is `single` for one rank and `ddp` for more; a record,
+            which is returned as it is; or "package.module:factory" for a function without arguments that returns one.
         world_size: the number of ranks that it must serve.
 
     Raises:
@@ -75,8 +77,8 @@ def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
 
 
 _THERE_IS = (
-    f"There are {', '.join(map(repr, ('auto', *NAMES, *PRESETS)))}, a Strategy record such as ff.strategies.ddp(...), and"
-    ' "package.module:factory".'
+    f"There are {', '.join(map(repr, ('auto', *NAMES, *PRESETS)))}, a Strategy record such as"
+    ' ff.strategies.ddp(...), and "package.module:factory".'
 )
 
 

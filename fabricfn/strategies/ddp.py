@@ -10,7 +10,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -58,9 +58,7 @@ class Reducer:
     backwards: int = 0
 
 
-def ddp(
-    *, comm_hook: str | Callable[..., Any] | None = None, comm_state: Any = None, **options: Any
-) -> Strategy:
+def ddp(*, comm_hook: str | Callable[..., Any] | None = None, comm_state: Any = None, **options: Any) -> Strategy:
     """Replicas on every rank, gradients averaged in buckets while the backward pass runs.
 
     Args:
@@ -149,12 +147,12 @@ def check_hook(comm_hook: Any, comm_state: Any) -> None:
                 f"comm_hook={comm_hook!r} is unknown; there are {', '.join(map(repr, HOOKS))}, or a function"
                 " (comm_state, bucket) -> Future."
             )
-        if comm_state is not None and not (comm_hook == "powersgd" and isinstance(comm_state, dict)):
+        if comm_state is not None and not (comm_hook == "powersgd" and type(comm_state) is dict):
             raise ConfigurationError(
                 f'comm_hook={comm_hook!r} has no comm_state; a dict of options belongs to "powersgd" alone.'
             )
         if comm_hook == "powersgd":
-            power_state(None, comm_state)
+            power_state(None, cast("dict[str, Any] | None", comm_state))
     elif comm_hook is not None and not callable(comm_hook):
         raise ConfigurationError(f"comm_hook={comm_hook!r} is neither a function nor one of {', '.join(HOOKS)}.")
 
@@ -194,7 +192,7 @@ def hook_for(
     if comm_hook == "powersgd":
         return _power_hook, power_state(world.group, comm_state)
     if isinstance(comm_hook, str):
-        dtype = HOOKS[comm_hook]
+        return mean_in, (HOOKS[comm_hook], world)
     return (comm_hook, comm_state) if dtype is None else (mean_in, (dtype, world))
 
 

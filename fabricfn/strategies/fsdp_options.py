@@ -32,8 +32,8 @@ def check(reshard: Any, factor: Any, prefetch: Any, ignored: Any) -> None:
         )
     if type(prefetch) is not int or prefetch < 0:
         raise ConfigurationError(f"prefetch={prefetch!r} must be a whole number of units, at least 0.")
-    patterns = isinstance(ignored, str) or (isinstance(ignored, list | tuple) and all(isinstance(p, str) for p in ignored))
-    if not (ignored is None or patterns or callable(ignored)):
+    named: list[Any] = [*ignored] if type(ignored) in (list, tuple) else [ignored]
+    if not (ignored is None or callable(ignored) or all(isinstance(pattern, str) for pattern in named)):
         raise ConfigurationError(
             f'ignored_params={ignored!r} must be a pattern of names ("embed.*"), a list of them, or a predicate'
             " (name, parameter) -> bool."

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
 
 from fabricfn.engine import named_modules
 from fabricfn.errors import ConfigurationError
@@ -22,7 +22,7 @@ from fabricfn.strategies.units import Units, chosen
 Held = tuple[dict[str, torch.Tensor | None], str, torch.Tensor]
 """A module's dict of buffers, a name in it, and what stood there."""
 
-_checkpoint: Any = checkpoint
+_checkpoint: Any = cast("Any", checkpoint).checkpoint
 
 
 def planned(net: nn.Module, modules: Units) -> tuple[str, ...]:

@@ -55,8 +55,8 @@ def chosen(net: nn.Module, units: Units, option: str, reason: str) -> tuple[str,
     for name in sorted(found):
         if type(modules[name]).forward is nn.Module.forward:
             raise ConfigurationError(
-                f"{option}: {name or 'the net'} is a {type(modules[name]).__name__}, which has no forward, and {reason}."
-                " Choose the modules inside it."
+                f"{option}: {name or 'the net'} is a {type(modules[name]).__name__}, which has no forward, and"
+                f" {reason}. Choose the modules inside it."
             )
     return tuple(name for name in modules if name in found)
 
