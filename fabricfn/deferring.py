@@ -284,13 +284,15 @@ def made(factory: Callable[[], nn.Module], device: torch.device) -> tuple[nn.Mod
         raise
     kept = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
+    def is_bare(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.is_meta and id(leaf) not in kept
+
     def valued(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_meta or id(leaf) in kept:
-            return leaf
-        return tape.values([leaf])[0].clone()
+        return tape.values([leaf])[0].clone() if is_bare(leaf) else leaf
 
     for _, part in named_modules(module):
         for name, held in vars(part).items():
-            if isinstance(held, torch.Tensor) or (type(held) in (list, tuple, dict) and name[0] != "_"):
+            mine = isinstance(held, torch.Tensor) or (type(held) in (list, tuple, dict) and name[0] != "_")
+            if mine and any(map(is_bare, tree_leaves(held))):
                 vars(part)[name] = tree_map(valued, held)
     return module, tape

@@ -58,7 +58,7 @@ def test_what_the_arguments_mean(accelerator, devices, found, kind, indices, lef
         ("npu", 1, GPUS, "8 cuda devices and a cpu"),
         ("cuda", 9, GPUS, "0 to 7"),
         ("cuda", [0, 8], GPUS, "asks for cuda device 8"),
-        ("mps", 2, MAC, 'is one device, without collectives.*accelerator="cpu", devices=2'),
+        ("mps", 2, MAC, 'Write devices=1, or accelerator="cpu", devices=2.'),
         ("auto", [0, 1], MAC, "is one device"),
         ("mps", [1], MAC, "1 mps device"),
         ("cpu", [0, 1], CPU, "devices=2"),
