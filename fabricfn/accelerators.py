@@ -26,6 +26,8 @@ class Choice:
     """The device index of each process of this node; on CPU just 0 .. n-1."""
     open: bool
     """Whether the number of processes was left to the launcher (auto, -1, None, 0)."""
+    replicas: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    """The devices of one process that has several, under strategy="dp"."""
 
 
 def available() -> dict[str, int]:
@@ -83,12 +85,35 @@ def choose(accelerator: str, devices: int | str | Sequence[int] | None, found: M
     if wanted == -1:
         return Choice(accelerator=kind, indices=tuple(range(count)), open=True)
     indices = tuple(range(wanted)) if isinstance(wanted, int) else wanted
+    if kind == "mps" and len(indices) > 1:
+        raise ConfigurationError(
+            f"devices={devices!r}, but an Apple GPU (mps) is one device, without collectives. Write devices=1, or"
+            f' accelerator="cpu", devices={len(indices)}.'
+        )
     if max(indices) >= count:
         raise ConfigurationError(
             f"devices={devices!r} asks for {kind} device {max(indices)}, but this machine has {describe(found)}."
             f' The {kind} indices are 0 to {count - 1}; devices="auto" takes all.'
         )
     return Choice(accelerator=kind, indices=indices, open=False)
+
+
+def in_one_process(choice: Choice) -> Choice:
+    """The same devices for a single process, as strategy="dp" means them.
+
+    Raises:
+        ConfigurationError: several, on a CPU.
+
+    Example:
+        >>> in_one_process(choose("cuda", 2, {"cuda": 2, "cpu": 1})).indices
+        (0,)
+    """
+    if choice.accelerator == "cpu" and len(choice.indices) > 1:
+        raise ConfigurationError(
+            f'strategy="dp" has one process with several devices, and a CPU is one device; asked for are'
+            f' {len(choice.indices)}. Write strategy="ddp", which starts {len(choice.indices)} processes, or devices=1.'
+        )
+    return dataclasses.replace(choice, indices=choice.indices[:1], replicas=choice.indices)
 
 
 def _choose_cpus(devices: object, wanted: int | tuple[int, ...]) -> Choice:

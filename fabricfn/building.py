@@ -11,10 +11,13 @@ from torch import nn
 
 from fabricfn.copying import add_casts, check_module, copy_module, placing, uncompiled
 from fabricfn.cutting import cut, take_first, without_values
+from fabricfn.deferring import Tape
 from fabricfn.engine import Engine, Frame, Place, named_modules
 from fabricfn.errors import MismatchError
 from fabricfn.records import Model
 from fabricfn.runtimes import Runtime
+from fabricfn.strategies.recomputing import planned, recompute
+from fabricfn.strategies.units import Units
 from fabricfn.world import World
 
 Compile = bool | Mapping[str, Any]
@@ -72,7 +75,14 @@ def agree(world: World, held: Mapping[str, torch.Tensor]) -> None:
 
 
 def build(
-    rt: Runtime, module: nn.Module, *, move_to_device: bool, donate: bool, compile: Compile
+    rt: Runtime,
+    module: nn.Module,
+    *,
+    move_to_device: bool,
+    donate: bool,
+    compile: Compile,
+    activation_checkpointing: Units = None,
+    tape: Tape | None = None,
 ) -> tuple[Engine, dict[str, torch.Tensor]]:
     """The engine of a module, with its first frame tied to the strategy, and the values. Every rank must call it."""
     strategy, world = rt.strategy, rt.world
@@ -89,8 +99,11 @@ def build(
         net = net if rt.precision.convert is None else rt.precision.convert(net)
     template = net if shard is None else without_values(net, place)
     hooks = add_casts(rt, template)
+    again = planned(template, activation_checkpointing)
 
     def finish(net: nn.Module, frozen: bool) -> Frame:
+        # a graph through constants may outlive the call, and would compute again with other values
+        recompute(net, () if frozen else again)
         if options is not None:
             net.compile(**options)
         return make_frame(net, strategy.attach(net, world, rt.precision, frozen=frozen))
@@ -114,7 +127,7 @@ def build(
         values = {name: slot.data for name, slot in zip(first.names, first.slots, strict=True)}
     else:
         first = grow(False)
-        values = cut(world, net, template, dict(zip(first.names, first.slots, strict=True)), shard, place)
+        values = cut(world, net, template, dict(zip(first.names, first.slots, strict=True)), shard, place, tape)
         for buffer, value in zip(first.net.buffers(), template.buffers(), strict=True):
             buffer.copy_(value)
     take_first(world, list(buffers_of(first).values()))
@@ -136,6 +149,7 @@ def plain_net(engine: Engine, model: Model, values: Mapping[str, torch.Tensor]) 
     """A net that is tied to nothing, with these parameters (as they are) and the model's buffers and mode."""
     rest = iter(values.values())
     net = copy_module(engine.template, lambda slot: next(rest), torch.clone)
+    recompute(net, ())
     for name, places in persistent_buffers(net, absent=False).items():
         for hanging, key in places:
             hanging[key] = model.buffers[name].clone()

@@ -13,6 +13,7 @@ from torch import nn
 
 from fabricfn import flat
 from fabricfn.copying import copy_module
+from fabricfn.deferring import Tape
 from fabricfn.engine import named_modules
 from fabricfn.errors import ModelError
 from fabricfn.strategy import Shard
@@ -42,11 +43,17 @@ def without_values(module: nn.Module, place: Put) -> nn.Module:
 
 
 def cut(
-    world: World, module: nn.Module, template: nn.Module, slots: Mapping[str, nn.Parameter], shard: Shard, place: Put
+    world: World,
+    module: nn.Module,
+    template: nn.Module,
+    slots: Mapping[str, nn.Parameter],
+    shard: Shard,
+    place: Put,
+    tape: Tape | None = None,
 ) -> dict[str, torch.Tensor]:
     """The part of this rank of each parameter of `module`, with the values of rank 0. Every rank must call it.
 
-    Buffers without values get them in `template`.
+    Buffers without values get them in `template`. The `tape` has the values of what a factory made without memory.
     """
     values: dict[str, torch.Tensor] = {}
     for prefix, part in named_modules(module):
@@ -54,18 +61,31 @@ def cut(
         own = {name: slot for name, slot in part._parameters.items() if slot is not None and start + name in slots}
         empty = [name for name, held in (*own.items(), *part._buffers.items()) if held is not None and held.is_meta]
         if empty:
-            if set(own) - set(empty):
+            if set(own) - set(empty) and tape is None:
                 raise ModelError(
                     f"{prefix or type(part).__name__} has values for {', '.join(set(own) - set(empty))}, but none for"
                     f" {', '.join(empty)} (on the meta device). Make all of its parameters there, or none."
                 )
-            source = initialised(part, prefix, empty, world.device)
+            source = initialised(part, prefix, empty, world.device) if tape is None else replayed(part, empty, tape)
             for name in set(empty) - set(own):
                 template.get_submodule(prefix).get_buffer(name).copy_(source.get_buffer(name))
         wholes = {start + name: place(source.get_parameter(name).detach()).contiguous() for name in own}
         take_first(world, list(wholes.values()))
         values.update({name: shard(whole, slots[name]) for name, whole in wholes.items()})
     return {name: values[name] for name in slots}
+
+
+def replayed(part: nn.Module, empty: Sequence[str], tape: Tape) -> nn.Module:
+    """A module that holds the tensors of one sub-module, those without memory with the values of the tape."""
+    made = nn.Module()
+    made._parameters, made._buffers = dict(part._parameters), dict(part._buffers)
+    held: list[Any] = [part._parameters.get(name, part._buffers.get(name)) for name in empty]
+    for name, old, value in zip(empty, held, tape.values(held), strict=True):
+        if name in made._parameters:
+            made._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+        else:
+            made._buffers[name] = value
+    return made
 
 
 def initialised(part: nn.Module, prefix: str, empty: Sequence[str], device: torch.device) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fabricfn.errors import GradientError
+from fabricfn.tree import tree_unflatten
 
 if TYPE_CHECKING:
     from fabricfn.leases import Lease
@@ -89,6 +90,26 @@ class Engine:
 def named_modules(net: nn.Module) -> list[tuple[str, nn.Module]]:
     """The sub-modules of a net by name, the net itself under ""; a shared one once."""
     return list(cast("Iterator[tuple[str, nn.Module]]", net.named_modules()))
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Call:
+    """A loss function with its batch, as `Strategy.forward` gets it; called with nets, constants at the end."""
+
+    loss_fn: Callable[..., Any]
+    spec: Any
+    """The structure of the tree of models; None for one."""
+    count: int
+    """How many of the nets are the models'."""
+    values: tuple[tuple[Any, ...], dict[str, Any]]
+    """The other arguments."""
+    weighted: bool
+    has_aux: bool
+
+    def __call__(self, *nets: nn.Module) -> Any:
+        """What the loss function returns."""
+        own = nets[0] if self.spec is None else tree_unflatten(self.spec, nets[: self.count])
+        return self.loss_fn(own, *self.values[0], **self.values[1])
 
 
 class Box(nn.Module):

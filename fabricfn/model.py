@@ -1,7 +1,7 @@
 """Models: from a module to values, computing with values, and back to a module."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from fabricfn.binding import (
     unbound,
 )
 from fabricfn.building import Compile, buffers_of, build, plain_net
+from fabricfn.deferring import made
 from fabricfn.engine import Frame
 from fabricfn.errors import CapabilityError
 from fabricfn.precision import autocast_of
@@ -27,6 +28,7 @@ from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
 from fabricfn.scaling import first_scale
 from fabricfn.sharding import is_sharded, whole
+from fabricfn.strategies.units import Units
 from fabricfn.tree import tree_map
 from fabricfn.watching import collective
 
@@ -41,6 +43,7 @@ def setup_model(
     move_to_device: bool = True,
     donate: bool = False,
     compile: Compile = False,
+    activation_checkpointing: Units = None,
 ) -> Model:
     """The values of a module as a `Model`, ready to be trained under the runtime's strategy and precision.
 
@@ -49,11 +52,15 @@ def setup_model(
 
     Args:
         module_or_factory: a module, or a function without arguments that makes one (then it is made by `init_module`,
-            on the device and in the dtype of the runtime).
+            on the device and in the dtype of the runtime). Under a strategy that shards (fsdp) the factory runs without
+            memory, and the same values are made part by part: no rank ever holds the whole model.
         move_to_device: False leaves parameters and buffers on the devices where they are.
         donate: take the module over instead of copying it; do not use it afterwards.
         compile: True, or a mapping of options for `torch.compile`. A module that was compiled already is compiled
             again, outside of everything else.
+        activation_checkpointing: the sub-modules whose forward pass is computed again in the backward pass, instead of
+            keeping its activations: "auto" for the repeated blocks of lists, a module class or a tuple of them, or a
+            predicate `(name, module) -> bool`. Under every strategy; loss, gradients and buffers stay the same.
 
     Returns:
         A Model with the parameters in `rt.precision.param_dtype` (left as they are under a "-mixed" precision) and in
@@ -62,6 +69,7 @@ def setup_model(
     Raises:
         ModelError: lazy parameters, or parameters on the meta device.
         MismatchError: the ranks hold different modules.
+        ConfigurationError: activation_checkpointing chooses nothing that has a forward.
 
     Example:
         >>> import torch, fabricfn as ff
@@ -70,9 +78,23 @@ def setup_model(
         >>> {name: tuple(value.shape) for name, value in model.params.items()}
         {'weight': (1, 2), 'bias': (1,)}
     """
+    tape = None
     if not isinstance(module_or_factory, nn.Module):
-        module_or_factory, donate = init_module(rt, module_or_factory), True
-    engine, values = build(rt, module_or_factory, move_to_device=move_to_device, donate=donate, compile=compile)
+        factory, donate = module_or_factory, True
+        if rt.strategy.shard is None or rt.world.group is None or rt.precision.convert is not None:
+            module_or_factory = init_module(rt, factory)
+        else:
+            with default_dtype(rt):
+                module_or_factory, tape = made(factory, rt.device)
+    engine, values = build(
+        rt,
+        module_or_factory,
+        move_to_device=move_to_device,
+        donate=donate,
+        compile=compile,
+        activation_checkpointing=activation_checkpointing,
+        tape=tape,
+    )
     frame = engine.frames[0]
     signature = tuple((name, str(value.dtype), tuple(value.shape)) for name, value in values.items())
     model = Model(
@@ -103,11 +125,17 @@ def init_module(rt: Runtime, factory: Callable[[], nn.Module]) -> nn.Module:
         >>> ff.init_module(rt, functools.partial(torch.nn.Linear, 2, 1)).weight.dtype
         torch.float64
     """
+    with default_dtype(rt), rt.device:
+        return factory()
+
+
+@contextlib.contextmanager
+def default_dtype(rt: Runtime) -> Generator[None]:
+    """New floating tensors have the dtype of the runtime's parameters."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(before if rt.precision.autocast else rt.precision.param_dtype)
     try:
-        with rt.device:
-            return factory()
+        yield
     finally:
         torch.set_default_dtype(before)
 

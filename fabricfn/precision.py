@@ -109,9 +109,16 @@ def check_name(precision: str | int | Precision, accelerator: str) -> None:
     """Refuse a name that means nothing good on this kind of device; a record is taken at its word.
 
     Raises:
-        ConfigurationError: the name is unknown, or it is 16-mixed on CPU.
+        ConfigurationError: the name is unknown, or it is 16-mixed on CPU, or needs float64 on an Apple GPU, which has
+            none (a record, too).
     """
     found = Precision.parse(precision)
+    doubles = {found.param_dtype, found.compute_dtype, found.output_dtype, found.reduce_dtype} & {torch.float64}
+    if accelerator == "mps" and doubles:
+        raise ConfigurationError(
+            f"precision={precision!r} needs float64, which Apple GPUs (mps) do not have. Write"
+            ' precision="32-true", or accelerator="cpu".'
+        )
     if accelerator == "cpu" and found is NAMES["16-mixed"] and found is not precision:
         raise ConfigurationError(
             f"precision={precision!r} is for accelerators: a CPU gains nothing from float16. Write"

@@ -9,11 +9,10 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from fabricfn import flat
 from fabricfn.binding import acquire, bind_constants, changed_buffers, check_devices, release, transforming
-from fabricfn.engine import Frame, separate
+from fabricfn.engine import Call, Frame, separate
 from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
 from fabricfn.losses import Buffers, Job, Sums, collect, finish
 from fabricfn.precision import autocast_of
@@ -141,10 +140,7 @@ def run_one(
         values = bind_constants(args, constants)
         options = bind_constants(kwargs, constants) if kwargs else kwargs
 
-        def call(*nets: nn.Module) -> Any:
-            own = nets[0] if spec is None else tree_unflatten(spec, nets[: len(frames)])
-            return loss_fn(own, *values, **options)
-
+        call = Call(loss_fn, spec, len(frames), (values, options), job.weighted, job.has_aux)
         running = [*frames, *constants] if constants else frames
 
         if rt.precision.autocast:

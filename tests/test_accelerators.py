@@ -5,6 +5,7 @@ import torch
 
 from fabricfn.accelerators import available, choose, describe, device_of
 from fabricfn.errors import ConfigurationError
+from fabricfn.precision import Precision, check_name
 
 CPU = {"cpu": 1}
 GPUS = {"cuda": 8, "cpu": 1}
@@ -57,7 +58,9 @@ def test_what_the_arguments_mean(accelerator, devices, found, kind, indices, lef
         ("npu", 1, GPUS, "8 cuda devices and a cpu"),
         ("cuda", 9, GPUS, "0 to 7"),
         ("cuda", [0, 8], GPUS, "asks for cuda device 8"),
-        ("mps", 2, MAC, "1 mps device"),
+        ("mps", 2, MAC, 'Write devices=1, or accelerator="cpu", devices=2.'),
+        ("auto", [0, 1], MAC, "is one device"),
+        ("mps", [1], MAC, "1 mps device"),
         ("cpu", [0, 1], CPU, "devices=2"),
         ("cpu", "0, 1", CPU, "devices=2"),
         ("auto", [0], CPU, "devices=1"),
@@ -91,3 +94,30 @@ def test_devices_of_torch():
     assert device_of("cpu", 3) == torch.device("cpu")
     assert device_of("cuda", 3) == torch.device("cuda", 3)
     assert device_of("tpu", 1) == torch.device("xla", 1)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        *("64-true", 64, "double"),
+        Precision(reduce_dtype=torch.float64),
+        Precision(compute_dtype=torch.float64),
+        Precision(output_dtype=torch.float64),
+    ],
+)
+def test_an_apple_gpu_has_no_float64(precision):
+    with pytest.raises(ConfigurationError, match='needs float64, which Apple GPUs .*accelerator="cpu"'):
+        check_name(precision, "mps")
+    for accelerator in ("cpu", "cuda"):
+        check_name(precision, accelerator)
+
+
+def test_an_apple_gpu_alone_serves_what_one_process_needs():
+    choice = choose("auto", "auto", MAC)
+    assert (choice.indices, choice.accelerator, device_of(choice.accelerator, 0)) == (
+        (0,),
+        "mps",
+        torch.device("mps:0"),
+    )
+    for precision in ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"):
+        check_name(precision, "mps")

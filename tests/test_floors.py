@@ -31,7 +31,7 @@ FLOORS = (
     ("strategy", "leases", "order"),  # what a strategy is; who may use which values; the order of the data
     ("strategies", "records", "seeding"),  # the strategies; the values of training; generators that are not ours
     ("runtimes", "states", "passes", "samplers"),  # where and how; the optimizer's values; the order of a user's data
-    ("losses", "copying", "streams"),  # what a loss function returns; nets of ours; data that only flow
+    ("losses", "copying", "deferring", "streams"),  # what a loss function returns; nets of ours; data that only flow
     ("binding", "cutting", "transfers", "collectives"),  # values meet machinery; ranks meet ranks
     ("runs", "building", "feeds", "votes", "ledgers"),  # one pass; a module to an engine; what a rank takes and adds
     ("iterating", "canonical", "replicas"),  # from a cursor to the end of the epoch; passes added up in one fixed tree

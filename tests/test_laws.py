@@ -25,6 +25,9 @@ STRATEGIES = {
     "fsdp": ff.strategies.fsdp(),
     "fsdp, one unit": ff.strategies.fsdp(units=None),
     "fsdp, every layer": ff.strategies.fsdp(units=nn.Linear, reshard_after_forward=False),
+    "fsdp, all options": ff.strategies.fsdp(
+        cpu_offload=True, prefetch=1, ignored_params=lambda name, slot: slot.dim() == 1
+    ),
 }
 ROWS = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 

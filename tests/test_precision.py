@@ -8,6 +8,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn import testing
+from fabricfn.testing import cases
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_a_cpu_takes_the_record_16_mixed_and_the_name_16_true():
 
 def test_16_true_trains_on_cpu(runtime):
     rt = runtime("16-true")
-    model = ff.setup_model(rt, testing.cases.initialised(nn.Linear(4, 1), 0))
+    model = ff.setup_model(rt, cases.initialised(nn.Linear(4, 1), 0))
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.125)
     grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
     losses = []
@@ -177,7 +178,7 @@ def test_the_whole_loss_function_is_under_autocast_and_not_after_it(runtime):
 def test_a_step_inside_and_outside_of_the_weight_cache_agree(runtime):
     """A stale cache of cast weights would make the second step see the first step's weights."""
     rt = runtime("bf16-mixed")
-    model = ff.setup_model(rt, testing.cases.initialised(nn.Linear(4, 1), 0).float())
+    model = ff.setup_model(rt, cases.initialised(nn.Linear(4, 1), 0).float())
     grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).float().square().mean())
     scaled = ff.map_params(lambda a: 3 * a, model)
     first, _ = grad_fn(model, torch.ones(2, 4))

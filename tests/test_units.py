@@ -74,5 +74,5 @@ def test_what_cannot_be_a_unit_is_refused():
     with pytest.raises(ff.ConfigurationError, match="blocks is a ModuleList, which has no forward"):
         plan(Language(tie=False), nn.ModuleList)
     for wrong in ("blocks", 3, (Block, "x")):
-        with pytest.raises(ff.ConfigurationError, match="is no plan of units"):
+        with pytest.raises(ff.ConfigurationError, match="chooses no modules"):
             plan(Language(tie=False), wrong)

@@ -59,8 +59,8 @@ def init_runtime(
             "mps", "tpu", or the name of another `torch.accelerator` back end.
         devices: per node: a number; a list of indices, also as "1, 4" (not on CPU); "auto", -1 or "-1" for all (on CPU
             one process); None or 0 for the CPU.
-        strategy: "auto" (single for one rank, else ddp), "single", "ddp", "functional", a `Strategy` record, or
-            "package.module:factory".
+        strategy: "auto" (single for one rank, else ddp), "single", "dp", "ddp", "fsdp", "functional", another name
+            (docs/strategies.md), a `Strategy` record, or "package.module:factory".
         num_nodes: the number of machines.
         precision: "32-true", "64-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed" (not on CPU), an alias or a
             record, as `Precision.parse` takes.

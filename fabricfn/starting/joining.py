@@ -26,7 +26,7 @@ from fabricfn.runtimes import Runtime
 from fabricfn.starting.meeting import open_store, settle
 from fabricfn.starting.request import Request, seconds
 from fabricfn.starting.words import give_up
-from fabricfn.strategies import resolve
+from fabricfn.strategies import dp, resolve
 from fabricfn.watching import Watch, check_everything, guard, shared_memory
 from fabricfn.world import World
 
@@ -100,6 +100,8 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
     topology = settle(request, topology)
     check_conflicts(request, topology, choice)
     strategy = resolve(request.strategy, topology.world_size)
+    if len(choice.replicas) > 1:
+        strategy = dp([device_of(choice.accelerator, index) for index in choice.replicas])
     device = local_device(topology, choice)
     if device.type not in ("cpu", "mps", "xla"):
         torch.accelerator.set_device_index(device)

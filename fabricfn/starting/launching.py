@@ -23,7 +23,7 @@ from fabricfn.starting.agent import Outcome, attend, check_ready, run_workers, t
 from fabricfn.starting.cargo import Call, pack, read_result, unpack, write_result
 from fabricfn.starting.commanded import with_command_line
 from fabricfn.starting.joining import join, place, say_goodbye, shutdown, until_shutdown
-from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
+from fabricfn.starting.request import Request, check_own_start, choice_of, request_from, start_method_of
 from fabricfn.starting.words import leave_word
 
 
@@ -107,7 +107,7 @@ def start_method(request: Request, choice: Choice) -> str:
             "launch is called while a spawned rank imports this script, so it would start ranks for ever. Put the call"
             ' under: if __name__ == "__main__":'
         )
-    method = request.start_method
+    method = start_method_of(request)
     if method == "auto":
         forkable = choice.accelerator == "cpu" and "fork" in there_are and not torch.cuda.is_initialized()
         return "fork" if forkable else "spawn"

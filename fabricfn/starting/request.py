@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
-from fabricfn.accelerators import Choice, available, choose
+from fabricfn.accelerators import Choice, available, choose, in_one_process
 from fabricfn.environments import Topology
 from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import STOP_SIGNALS, numbers_of
 from fabricfn.precision import Precision, check_name
-from fabricfn.strategies import resolve
+from fabricfn.strategies import STARTS, resolve
 from fabricfn.strategy import Strategy
 
 START_METHODS = ("auto", "fork", "spawn", "forkserver")
@@ -69,6 +69,7 @@ def choice_of(request: Request) -> Choice:
         value = getattr(request, name)
         if type(value) is not int or value < least:
             raise ConfigurationError(f"{name}={value!r} must be a whole number, at least {least}.")
+    start_method_of(request)
     if seconds(request.timeout) <= 0:
         raise ConfigurationError(f"timeout={request.timeout!r} must be a positive number of seconds.")
     numbers_of(request.stop_signals)
@@ -77,7 +78,22 @@ def choice_of(request: Request) -> Choice:
     Precision.parse(request.precision)
     choice = choose(request.accelerator, request.devices, available())
     check_name(request.precision, choice.accelerator)
-    return choice
+    return in_one_process(choice) if request.strategy == "dp" else choice
+
+
+def start_method_of(request: Request) -> str:
+    """What `start_method` and a strategy such as "ddp_spawn" say together.
+
+    Raises:
+        ConfigurationError: they contradict each other.
+    """
+    own = STARTS.get(request.strategy, "auto") if isinstance(request.strategy, str) else "auto"
+    if "auto" not in (own, request.start_method) and own != request.start_method:
+        raise ConfigurationError(
+            f'strategy={request.strategy!r} means start_method="{own}", but start_method={request.start_method!r}.'
+            ' Write strategy="ddp", or leave start_method out.'
+        )
+    return request.start_method if own == "auto" else own
 
 
 def seconds(timeout: float | timedelta) -> float:

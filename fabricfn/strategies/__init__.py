@@ -1,11 +1,14 @@
 """The strategies, by name. One factory a file; to add one, write it and put it into `NAMES`."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fabricfn.errors import ConfigurationError
 from fabricfn.strategies.ddp import ddp as ddp
+from fabricfn.strategies.dp import dp as dp
 from fabricfn.strategies.functional import functional as functional
 from fabricfn.strategies.single import single as single
 from fabricfn.strategy import Strategy
@@ -32,12 +35,24 @@ NAMES: dict[str, Callable[[], Strategy]] = {
 }
 
 
+PRESETS: dict[str, Callable[[], Strategy]] = {
+    "dp": dp,
+    **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), ddp),
+    "ddp_find_unused_parameters_true": partial(ddp, find_unused_parameters=True),
+    "fsdp_cpu_offload": lambda: __getattr__("fsdp")(cpu_offload=True),
+}
+"""Strategies with options, by the names that Fabric gave them."""
+
+STARTS = {"ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+"""The names that say by which method `launch` starts ranks. A script is run again, as for ddp."""
+
+
 def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
     """The record that `init_runtime(strategy=...)` means.
 
     Args:
-        strategy: a name of `NAMES`; "auto", which is `single` for one rank and `ddp` for more; a record, which is
-            returned as it is; or "package.module:factory" for a function without arguments that returns one.
+        strategy: a name of `NAMES` or `PRESETS`; "auto", which is `single` for one rank and `ddp` for more; a record,
+            which is returned as it is; or "package.module:factory" for a function without arguments that returns one.
         world_size: the number of ranks that it must serve.
 
     Raises:
@@ -62,19 +77,22 @@ def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
 
 
 _THERE_IS = (
-    f"There are {', '.join(map(repr, ('auto', *NAMES)))}, a Strategy record such as ff.strategies.ddp(...), and"
-    ' "package.module:factory".'
+    f"There are {', '.join(map(repr, ('auto', *NAMES, *PRESETS)))}, a Strategy record such as"
+    ' ff.strategies.ddp(...), and "package.module:factory".'
 )
 
 
 def _named(name: str, world_size: int) -> Any:
     if name == "auto":
         return single() if world_size == 1 else ddp()
-    if name in NAMES:
-        return NAMES[name]()
+    known = NAMES | PRESETS
+    if name in known:
+        return known[name]()
     module, colon, factory = name.partition(":")
     if not colon:
-        raise ConfigurationError(f"strategy={name!r} is unknown. {_THERE_IS}")
+        near = get_close_matches(name.lower(), ["auto", *known], 1)
+        hint = f' Did you mean "{near[0]}"?' if near else ""
+        raise ConfigurationError(f"strategy={name!r} is unknown.{hint} {_THERE_IS}")
     try:
         make: Any = getattr(import_module(module), factory)
     except (ImportError, AttributeError) as error:

@@ -6,14 +6,16 @@ gloo: see docs/decisions/0003-ddp.md.
 """
 
 import dataclasses
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from fabricfn.engine import Box, Frame
@@ -23,18 +25,27 @@ from fabricfn.strategies.single import backward as run_backward, gradients as ta
 from fabricfn.strategy import Strategy, allowed
 from fabricfn.world import World
 
-OURS = frozenset(
-    [
-        *("module", "process_group", "device_mesh", "init_sync", "broadcast_buffers", "forward_sync_buffers"),
-        *("device_ids", "output_device", "dim"),
-    ]
-)
-"""Arguments of DistributedDataParallel that fabricfn decides: values and buffers are explicit in records."""
+OURS = {
+    **dict.fromkeys(("module", "process_group", "device_mesh", "device_ids", "output_device"), "the runtime says it"),
+    **dict.fromkeys(("init_sync", "dim", "check_reduction"), "values are explicit here, and so is their start"),
+    **dict.fromkeys(
+        ("broadcast_buffers", "forward_sync_buffers"), 'write value_and_grad(..., buffers="rank0", "mean" or "local")'
+    ),
+    "mixed_precision": 'write init_runtime(precision="bf16-mixed"), or Precision(reduce_dtype=...)',
+    **dict.fromkeys(
+        ("delay_all_reduce_named_params", "param_to_hook_all_reduce"), "the reducer is tied to parameters of our own"
+    ),
+}
+"""Arguments of DistributedDataParallel that fabricfn decides, and where."""
 
 PARAMETERS = frozenset(inspect.signature(DistributedDataParallel).parameters)
 KEEP_BUFFERS = {("forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "broadcast_buffers"): False}
 """torch 2.13 renamed the option and warns at the old name."""
 
+HOOKS: dict[str, torch.dtype | None] = {"bf16": torch.bfloat16, "fp16": torch.float16, "powersgd": None}
+"""The hooks that have names, and the dtype in which their gradients travel. torch's own bf16 hook refuses gloo."""
+
+_power_hook: Any = powerSGD_hook
 _all_reduce: Any = dist.all_reduce  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
@@ -47,32 +58,35 @@ class Reducer:
     backwards: int = 0
 
 
-def ddp(*, comm_hook: Callable[..., Any] | None = None, comm_state: object = None, **options: Any) -> Strategy:
+def ddp(*, comm_hook: str | Callable[..., Any] | None = None, comm_state: Any = None, **options: Any) -> Strategy:
     """Replicas on every rank, gradients averaged in buckets while the backward pass runs.
 
     Args:
-        comm_hook: a DDP communication hook `(comm_state, bucket) -> Future`, for instance from
-            `torch.distributed.algorithms.ddp_comm_hooks`.
-        comm_state: its first argument.
+        comm_hook: how gradients travel: "bf16" or "fp16" (rounded to 16 bits on the way, on every back end), "powersgd"
+            (matrices of low rank; see below), or a DDP communication hook `(comm_state, bucket) -> Future`. "powersgd"
+            keeps state from call to call, so the law of purity does not hold with it.
+        comm_state: the hook's first argument; for "powersgd" a dict of options of torch's `PowerSGDState`, for instance
+            `{"matrix_approximation_rank": 4, "start_powerSGD_iter": 100}`.
         **options: any further option of torch's `DistributedDataParallel`: `bucket_cap_mb`,
             `find_unused_parameters` (needed for `allow_unused=True`), `static_graph` (one loss function per model),
             `gradient_as_bucket_view` (gradients are copied out, so they stay yours), ...
 
     Raises:
-        ConfigurationError: an option that torch does not have, or that fabricfn decides itself.
+        ConfigurationError: an option that torch does not have, that fabricfn decides itself, or without a meaning.
 
     Example:
-        >>> ddp(find_unused_parameters=True).name
+        >>> ddp(find_unused_parameters=True, comm_hook="bf16").name
         'ddp'
     """
-    known = PARAMETERS - OURS
-    if unknown := sorted(set(options) - known):
-        raise ConfigurationError(f"ddp() has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
+    check_options(options)
+    check_hook(comm_hook, comm_state)
 
     def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Reducer | None:
         hook, state = hook_for(precision.reduce_dtype, world, comm_hook, comm_state)
         if frozen or world.group is None or not any(slot.requires_grad for slot in net.parameters()):
             return None
+        if comm_hook == "powersgd":
+            refuse_scalars(net)
         module = DistributedDataParallel(
             Box(net), process_group=world.group, init_sync=False, **KEEP_BUFFERS, **options
         )
@@ -106,18 +120,80 @@ def ddp(*, comm_hook: Callable[..., Any] | None = None, comm_state: object = Non
     )
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Raise `ConfigurationError` unless torch takes these options and fabricfn leaves them to the user."""
+    for name in options:
+        if name in OURS:
+            raise ConfigurationError(f"ddp({name}=...) is decided by fabricfn: {OURS[name]}.")
+    known = sorted(PARAMETERS - OURS.keys())
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigurationError(f"ddp() has no option {name}; there are {', '.join(known)}.{hint}")
+        default = inspect.signature(DistributedDataParallel).parameters[name].default
+        if type(default) is bool and type(value) is not bool:
+            raise ConfigurationError(f"ddp({name}={value!r}) must be True or False.")
+    size = options.get("bucket_cap_mb")
+    if size is not None and not (isinstance(size, int | float) and size > 0):
+        raise ConfigurationError(f"ddp(bucket_cap_mb={size!r}) must be a positive number of MiB; torch's own is 25.")
+
+
+def check_hook(comm_hook: Any, comm_state: Any) -> None:
+    """Raise `ConfigurationError` unless it is a hook, or the name of one."""
+    if isinstance(comm_hook, str):
+        if comm_hook not in HOOKS:
+            raise ConfigurationError(
+                f"comm_hook={comm_hook!r} is unknown; there are {', '.join(map(repr, HOOKS))}, or a function"
+                " (comm_state, bucket) -> Future."
+            )
+        if comm_state is not None and not (comm_hook == "powersgd" and type(comm_state) is dict):
+            raise ConfigurationError(
+                f'comm_hook={comm_hook!r} has no comm_state; a dict of options belongs to "powersgd" alone.'
+            )
+        if comm_hook == "powersgd":
+            power_state(None, cast("dict[str, Any] | None", comm_state))
+    elif comm_hook is not None and not callable(comm_hook):
+        raise ConfigurationError(f"comm_hook={comm_hook!r} is neither a function nor one of {', '.join(HOOKS)}.")
+
+
+def power_state(group: Any, options: dict[str, Any] | None) -> PowerSGDState:
+    """The state of one reducer.
+
+    Raises:
+        ConfigurationError: an option that torch does not have or refuses.
+    """
+    try:
+        return PowerSGDState(group, **(options or {}))
+    except (TypeError, ValueError) as error:
+        known = [*inspect.signature(PowerSGDState).parameters][1:]
+        raise ConfigurationError(f"comm_state={options!r}: {error}. There are {', '.join(known)}.") from error
+
+
+def refuse_scalars(net: nn.Module) -> None:
+    """Raise `CapabilityError` where torch's low-rank hook would fail with an IndexError in the middle of training."""
+    scalars = [name for name, slot in net.named_parameters() if slot.requires_grad and slot.dim() == 0]
+    if scalars:
+        raise CapabilityError(
+            f'ddp(comm_hook="powersgd") cannot serve parameters without dimensions: {", ".join(scalars[:8])}. Give'
+            ' them the shape (1,), or write comm_hook="bf16".'
+        )
+
+
 def hook_for(
-    dtype: torch.dtype | None, world: World, comm_hook: Callable[..., Any] | None, comm_state: object
-) -> tuple[Callable[..., Any] | None, object]:
+    dtype: torch.dtype | None, world: World, comm_hook: str | Callable[..., Any] | None, comm_state: Any
+) -> tuple[Callable[..., Any] | None, Any]:
     """(the hook that reduces buckets, its first argument)."""
-    if dtype is None:
-        return comm_hook, comm_state
-    if comm_hook is not None:
+    if dtype is not None and comm_hook is not None:
         raise ConfigurationError(
             f"ddp(comm_hook=...) decides by itself in which dtype gradients travel, and Precision(reduce_dtype={dtype})"
             " says another. Leave one of them out."
         )
-    return mean_in, (dtype, world)
+    if comm_hook == "powersgd":
+        return _power_hook, power_state(world.group, comm_state)
+    if isinstance(comm_hook, str):
+        return mean_in, (HOOKS[comm_hook], world)
+    return (comm_hook, comm_state) if dtype is None else (mean_in, (dtype, world))
 
 
 def mean_in(

@@ -18,6 +18,8 @@ from fabricfn.engine import Box, Frame, separate
 from fabricfn.errors import CapabilityError
 from fabricfn.precision import Precision
 from fabricfn.sharding import REACHED, is_sharded, local_of, with_local
+from fabricfn.strategies import fsdp_options
+from fabricfn.strategies.fsdp_options import Parameters
 from fabricfn.strategies.shards import Shards, gradients, outside, watch
 from fabricfn.strategies.single import backward as run_backward
 from fabricfn.strategies.torch_fsdp import (
@@ -42,6 +44,10 @@ def fsdp(
     units: Units = "auto",
     reshard_after_forward: bool | int = True,
     gather_dtype: torch.dtype | None = None,
+    cpu_offload: bool = False,
+    gradient_divide_factor: float | None = None,
+    prefetch: int = 0,
+    ignored_params: Parameters = None,
 ) -> Strategy:
     """Parameters, gradients and optimizer state cut over the ranks (ZeRO stage 3), by torch's `fully_shard`.
 
@@ -61,40 +67,56 @@ def fsdp(
             larger part, as torch does.
         gather_dtype: the dtype in which units are gathered. None is the dtype of the arithmetic under a "-mixed"
             precision, else the parameters' own.
+        cpu_offload: keep parameters, gradients and optimizer state in the memory of the CPU, and bring units to the
+            device while they compute. On a CPU it changes nothing; one rank on another device is an error.
+        gradient_divide_factor: gradients are the sum over ranks divided by this number. None is the number of ranks,
+            which makes them the mean; 1 makes them the sum.
+        prefetch: how many units ahead are gathered while one computes, in the net's order. 0 is torch's own manner:
+            the next one in the backward pass, as soon as the device is free in the forward pass.
+        ignored_params: parameters that every rank holds whole, as plain tensors: patterns of names, or a predicate
+            `(name, parameter) -> bool`. Their gradients are averaged all the same.
+
+    Raises:
+        ConfigurationError: an option has no meaning.
 
     Example:
         >>> fsdp(units=torch.nn.TransformerEncoderLayer).name
         'fsdp'
     """
     check_version()
+    fsdp_options.check(reshard_after_forward, gradient_divide_factor, prefetch, ignored_params)
 
     def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Shards | None:
         if world.group is None:
+            fsdp_options.refuse_alone(cpu_offload, world.device)
             return None
         gather = gather_dtype or (precision.compute_dtype if precision.autocast else None)
         options: dict[str, Any] = {
             "mesh": DeviceMesh.from_group(world.group, world.device.type, mesh_dim_names=("dp",)),
-            "ignored_params": {slot for slot in net.parameters() if slot.dim() == 0},
+            "ignored_params": fsdp_options.kept_whole(net, ignored_params),
+            "offload_policy": fsdp_options.offload_policy(cpu_offload, world.device),
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=gather,
                 reduce_dtype=precision.reduce_dtype or (None if gather is None else precision.param_dtype),
                 cast_forward_inputs=False,
             ),
         }
+        fsdp_options.check_reshard(reshard_after_forward, options["mesh"].size(-1))
         box, names = Box(net), plan(net, units)
         for name in reversed(names):
             again = True if frozen else reshard_after_forward
             fully_shard(net.get_submodule(name), reshard_after_forward=again, **options)
         # a frozen root is let go, too: no backward pass follows that would do so, and it would go stale
         fully_shard(box, reshard_after_forward=True if frozen else None, **options)
-        return tied(box, names, world.device)
+        fsdp_options.settle(box, names, world.device, gradient_divide_factor, prefetch)
+        return tied(box, names, world.device, torch.device("cpu") if cpu_offload else world.device)
 
     return Strategy(
         name="fsdp",
         attach=attach,
         forward=forward,
         backward=backward,
-        gradients=gradients,
+        gradients=fsdp_options.divided(gradients, gradient_divide_factor),
         point=point,
         reset=reset,
         shard=shard,
@@ -102,14 +124,14 @@ def fsdp(
     )
 
 
-def tied(box: Any, units: tuple[str, ...], device: torch.device) -> Shards:
-    """The handle of a box that is sharded already, with memory in place of meta tensors."""
+def tied(box: Any, units: tuple[str, ...], device: torch.device, home: torch.device) -> Shards:
+    """The handle of a box that is sharded already, with memory in place of meta tensors, that of shards at `home`."""
     made: dict[int, torch.Tensor] = {}
 
     def give_memory(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return tensor
-        return made.setdefault(id(tensor), torch.empty_like(tensor, device=device))
+        return made.setdefault(id(tensor), torch.empty_like(tensor, device=home if is_sharded(tensor) else device))
 
     box._apply(give_memory)
     box.set_reduce_scatter_unused_params(True)
@@ -156,7 +178,7 @@ def shard(whole: torch.Tensor, slot: nn.Parameter) -> torch.Tensor:
         return whole.clone()
     like = cast("DTensor", slot)
     value = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return with_local(value, local_of(value).clone())
+    return with_local(value, local_of(value).to(local_of(slot).device, copy=True))
 
 
 def reset(frame: Frame) -> None:

@@ -107,8 +107,10 @@ def let_go(box: Any) -> None:
 
 
 def is_idle(box: Any) -> bool:
-    """Whether no run was left in the middle, by an exception or by a backward pass through a leaked graph."""
-    return all(group._training_state.name == "IDLE" for group in _groups(box))
+    """Whether no run was left in the middle: by an exception, a backward pass through a leaked graph, or a unit that
+    was gathered ahead and never ran, which would go stale.
+    """
+    return all(group._training_state.name == "IDLE" and group._all_gather_result is None for group in _groups(box))
 
 
 def went_back(box: Any) -> bool:

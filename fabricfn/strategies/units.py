@@ -36,21 +36,32 @@ def plan(net: nn.Module, units: Units) -> tuple[str, ...]:
         >>> plan(net, "auto"), plan(net, nn.LayerNorm), plan(net, None)
         (('0', '1'), ('2',), ())
     """
+    modules = dict(named_modules(net))
+    wanted = {*chosen(net, units, "units", "a unit is gathered when its forward begins")}
+    return tuple(name for name in modules if name in wanted - {""} and not _is_tied(net, modules[name]))
+
+
+def chosen(net: nn.Module, units: Units, option: str, reason: str) -> tuple[str, ...]:
+    """The names of the sub-modules that an option chooses, those with parameters, in the net's order.
+
+    Raises:
+        ConfigurationError: as `plan`; the message names the option, and the reason why a unit needs a forward.
+    """
     if units is None:
         return ()
     modules = dict(named_modules(net))
-    wanted = _chosen(modules, units) & modules.keys()  # a module that stands twice has one name
-    chosen = {name for name in wanted if next(modules[name].parameters(), None) is not None}
-    for name in sorted(chosen):
+    wanted = _chosen(modules, units, option) & modules.keys()  # a module that stands twice has one name
+    found = {name for name in wanted if next(modules[name].parameters(), None) is not None}
+    for name in sorted(found):
         if type(modules[name]).forward is nn.Module.forward:
             raise ConfigurationError(
-                f"{name or 'the net'} is a {type(modules[name]).__name__}, which has no forward: it cannot be a unit,"
-                " since a unit is gathered when its forward begins. Choose the modules inside it."
+                f"{option}: {name or 'the net'} is a {type(modules[name]).__name__}, which has no forward, and"
+                f" {reason}. Choose the modules inside it."
             )
-    return tuple(name for name in modules if name in chosen - {""} and not _is_tied(net, modules[name]))
+    return tuple(name for name in modules if name in found)
 
 
-def _chosen(modules: dict[str, nn.Module], units: Any) -> set[str]:
+def _chosen(modules: dict[str, nn.Module], units: Any, option: str) -> set[str]:
     if units == "auto":
         return set(_blocks(modules[""], ""))
     if isinstance(units, type | tuple):
@@ -61,8 +72,8 @@ def _chosen(modules: dict[str, nn.Module], units: Any) -> set[str]:
     elif callable(units):
         return {name for name, module in modules.items() if units(name, module)}
     raise ConfigurationError(
-        f'units={units!r} is no plan of units; write units="auto", a module class or a tuple of them, a predicate'
-        " (name, module) -> bool, or None to gather the whole model at once."
+        f'{option}={units!r} chooses no modules; write {option}="auto" (the repeated blocks), a module class or a'
+        " tuple of them, a predicate (name, module) -> bool, or None for no part of the net."
     )
 
 

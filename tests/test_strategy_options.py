@@ -1,0 +1,513 @@
+"""The options of strategies: each gives the gradients of `single`, does what it says, and is checked."""
+
+import dataclasses
+import multiprocessing
+
+import pytest
+import torch
+from torch import nn
+
+import fabricfn as ff
+from fabricfn import sharding, testing
+from fabricfn.accelerators import choose, in_one_process
+from fabricfn.errors import ConfigurationError
+from fabricfn.starting.request import Request, start_method_of
+from fabricfn.strategies import ddp, dp, fsdp
+from fabricfn.strategies.dp import Seam
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x + self.fc(x).tanh() * self.gain
+
+
+class Net(nn.Module):
+    """`last=False` leaves the last block out."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x, last=True):
+        x = self.inp(x)
+        for block in self.blocks[: None if last else 2]:
+            x = block(x)
+        return self.out(x)
+
+
+def built(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Net().double()
+    net.blocks[1].fc.weight.requires_grad_(False)
+    return net
+
+
+NET = built()  # not in the ranks: threads share the generator
+X = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def squares(net, x, **options):
+    return net(x, **options).square().mean()
+
+
+def rows(rt):
+    return X.tensor_split(rt.world_size)[rt.rank]
+
+
+def wholes(params):
+    return {name: None if value is None else sharding.whole(value) for name, value in params.items()}
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    assert list(found) == list(expected)
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def threads():
+    with testing.threads(4) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with testing.processes(2) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
+
+
+def single_grads(loss_fn=squares, module=NET):
+    rt = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
+    return ff.value_and_grad(rt, loss_fn, allow_unused=True)(ff.setup_model(rt, module), X)[1].params
+
+
+# fsdp
+
+
+def steps(rt, factor=1.0):
+    """Gradients at several values, and a unit that runs only now and then: what was gathered must never go stale."""
+    model = ff.setup_model(rt, NET)
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    x = rows(rt)
+    for last in (True, False, True):
+        short = ff.apply(rt, model, x, last=False)
+        _, grads = ff.value_and_grad(rt, squares, allow_unused=True)(model, x, last=last)
+        grads = ff.tree_map(lambda grad: grad * factor, grads)
+        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=True)
+    return wholes(model.params), short
+
+
+FSDP = {
+    "offload": {"cpu_offload": True},
+    "prefetch 1": {"prefetch": 1},
+    "prefetch 2": {"prefetch": 2, "reshard_after_forward": False},
+    "groups of 2": {"reshard_after_forward": 2},
+    "ignored by pattern": {"ignored_params": ("inp.*", "blocks.0.*")},
+    "ignored by predicate": {"ignored_params": lambda name, slot: slot.dim() == 1, "units": nn.Linear},
+    "all": {"cpu_offload": True, "prefetch": 1, "ignored_params": "out.bias", "gradient_divide_factor": 4},
+}
+
+
+@pytest.mark.parametrize("options", FSDP.values(), ids=FSDP)
+def test_options_of_fsdp_train_as_single(threads, alone, options):
+    expected, _ = steps(alone)
+    for found, _ in threads.run(steps, strategy=fsdp(**options), precision=64):
+        assert_close(found, expected)
+
+
+def test_the_divide_factor_scales_every_gradient(threads, processes, alone):
+    expected, _ = steps(alone)
+    for ranks, size in ((threads, 1), (threads, 3), (processes, 2)):
+        for factor in (1, 2.5):
+            strategy = fsdp(gradient_divide_factor=factor, ignored_params="inp.bias")
+            for found, _ in ranks.run(steps, factor / size, strategy=strategy, precision=64, world_size=size):
+                assert_close(found, expected)
+
+
+def parts(rt):
+    params = ff.setup_model(rt, NET).params
+    return {name for name, value in params.items() if not sharding.is_sharded(value)}
+
+
+def test_ignored_parameters_stay_whole(threads):
+    scalars = {f"blocks.{i}.gain" for i in range(3)}
+    for ignored, more in (("inp.*", {"inp.weight", "inp.bias"}), (lambda name, slot: name == "out.bias", {"out.bias"})):
+        assert threads.run(parts, strategy=fsdp(ignored_params=ignored), world_size=2) == [scalars | more] * 2
+
+
+def gathered_at(rt):
+    """Which blocks are gathered, or on the way, when each block's forward begins."""
+    model = ff.setup_model(rt, NET)
+    seen = []
+
+    def loss_fn(net, x):
+        def note(block, args):
+            groups = [b._get_fsdp_state()._fsdp_param_groups[0] for b in net.blocks]
+            seen.append([group._all_gather_result is not None or group.is_unsharded for group in groups])
+
+        handles = [block.register_forward_pre_hook(note) for block in net.blocks]
+        loss = squares(net, x)
+        for handle in handles:
+            handle.remove()
+        return loss
+
+    ff.value_and_grad(rt, loss_fn)(model, rows(rt))
+    return seen
+
+
+def test_prefetching_gathers_units_ahead(threads):
+    one, two, three = ([i == j for i in range(3)] for j in range(3))
+    assert threads.run(gathered_at, strategy=fsdp(), precision=64, world_size=2)[0] == [one, two, three]
+    ahead = threads.run(gathered_at, strategy=fsdp(prefetch=1), precision=64, world_size=2)[0]
+    assert ahead == [[True, True, False], [False, True, True], [False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"reshard_after_forward": 0}, "reshard_after_forward=0 must be True, False"),
+        ({"reshard_after_forward": "no"}, "reshard_after_forward='no' must be"),
+        ({"gradient_divide_factor": 0}, "must be a positive number"),
+        ({"gradient_divide_factor": float("inf")}, "must be a positive number"),
+        ({"prefetch": -1}, "prefetch=-1 must be a whole number"),
+        ({"prefetch": True}, "prefetch=True must be a whole number"),
+        ({"ignored_params": 3}, "must be a pattern of names"),
+    ],
+)
+def test_options_of_fsdp_are_checked(options, match):
+    with pytest.raises(ConfigurationError, match=match):
+        fsdp(**options)
+
+
+def refused(rt, match):
+    with pytest.raises(ConfigurationError, match=match):
+        ff.setup_model(rt, NET)
+
+
+def test_options_of_fsdp_that_do_not_fit_the_world_or_the_net(threads):
+    threads.run(refused, "must divide the 3 ranks", strategy=fsdp(reshard_after_forward=2), world_size=3)
+    threads.run(refused, r"no parameter fits 'x\*'; there are inp", strategy=fsdp(ignored_params="x*"), world_size=2)
+
+
+# Activation checkpointing
+
+
+PASSES = []
+
+
+class Norm(nn.Module):
+    """Its result depends on a buffer that it changes, as under a power iteration."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        PASSES.append(torch.is_grad_enabled())
+        self.scale = self.scale * 1.5
+        self.norm.weight.shape  # noqa: B018  # a read outside of a child's forward
+        return x + self.norm(self.fc(x)).tanh() * self.scale
+
+
+def normed():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(5, 6), Norm(), Norm(), nn.Linear(6, 3)).double()
+
+
+NORMED = normed()
+
+
+def trained(rt, options):
+    model = ff.setup_model(rt, NORMED, **options)
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    for _ in range(2):
+        PASSES.clear()
+        _, grads = ff.accumulate(rt, squares)(model, rows(rt).chunk(2))
+        model, opt = ff.optimizer_step(rt, model, opt, grads)
+    ff.apply(rt, model, X)
+    return wholes(model.params), dict(model.buffers), list(map(type, ff.to_module(rt, model)))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "units"),
+    [
+        (ff.strategies.functional(), Norm),
+        (ddp(), "auto"),
+        (ddp(static_graph=True), Norm),
+        (ddp(find_unused_parameters=True), lambda name, module: name in ("", "1", "1.fc")),
+        (fsdp(units=Norm), Norm),
+        (fsdp(units=None), (Norm, nn.Linear)),
+        (fsdp(units=nn.Linear), Norm),
+    ],
+)
+def test_activation_checkpointing_changes_nothing_under_any_strategy(threads, strategy, units):
+    plain = threads.run(trained, {}, strategy=strategy, precision=64, world_size=2)
+    again = threads.run(trained, {"activation_checkpointing": units}, strategy=strategy, precision=64, world_size=2)
+    for found, expected in zip(again, plain, strict=True):
+        assert testing.difference(found, expected) is None
+
+
+def test_activation_checkpointing_computes_again_only_for_gradients_of_parameters(alone):
+    def passes(**options):
+        model = ff.setup_model(alone, NORMED, **options)
+        counts = []
+        x = X.clone().requires_grad_()
+        for call in (
+            lambda: ff.value_and_grad(alone, squares)(model, X),
+            lambda: ff.value(alone, squares)(model, X),
+            lambda: ff.apply(alone, model, x).sum().backward(),
+            lambda: ff.value_and_grad(alone, lambda net, fixed: squares(net, X) + squares(fixed, X))(model, model),
+            lambda: ff.to_module(alone, model)(X).sum().backward(),
+        ):
+            PASSES.clear()
+            call()
+            counts.append(len(PASSES))
+        return counts
+
+    assert passes() == [2, 2, 2, 4, 2]
+    assert passes(activation_checkpointing=Norm) == [4, 2, 2, 6, 2]
+    assert passes(activation_checkpointing=lambda name, module: name == "1") == [3, 2, 2, 5, 2]
+
+
+def test_a_module_that_was_checkpointed_leaves_as_it_was_written(alone):
+    module = ff.to_module(alone, ff.setup_model(alone, NORMED, activation_checkpointing=Norm))
+    assert not any("forward" in vars(part) for part in module.modules())
+    for wrong, match in ((nn.GRU, "chooses no module"), ("all", "chooses no modules"), (nn.ModuleList, "chooses no")):
+        with pytest.raises(ConfigurationError, match=match):
+            ff.setup_model(alone, NORMED, activation_checkpointing=wrong)
+
+
+# ddp
+
+
+def averaged(rt):
+    model = ff.setup_model(rt, NET)
+    for _ in range(2):
+        _, grads = ff.accumulate(rt, squares)(model, rows(rt).chunk(2))
+    return grads.params
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"comm_hook": "bf16"}, 2e-2),
+        ({"comm_hook": "fp16"}, 1e-3),
+        ({"comm_hook": "bf16", "static_graph": True, "gradient_as_bucket_view": True}, 2e-2),
+        ({"static_graph": True, "bucket_cap_mb": 1e-4}, 1e-12),
+        ({"bucket_cap_mb_list": [1, 2], "batched_grad_copy": True}, 1e-12),
+        ({"find_unused_parameters": True, "skip_all_reduce_unused_params": True}, 1e-12),
+    ],
+    ids=str,
+)
+def test_options_of_ddp_average_gradients(processes, options, tolerance):
+    expected = single_grads()
+    for found in processes.run(averaged, strategy=ddp(**options), precision=64, world_size=2):
+        assert_close(found, expected, tolerance)
+        rounded = any(not torch.equal(value, expected[name]) for name, value in found.items() if value is not None)
+        assert rounded or tolerance < 1e-10
+
+
+def test_a_low_rank_hook_loses_what_has_a_higher_rank(processes):
+    state = {"matrix_approximation_rank": 1, "start_powerSGD_iter": 2, "min_compression_rate": 1}
+    strategy = ddp(comm_hook="powersgd", comm_state=state)
+    first, second = processes.run(compressed, strategy=strategy, precision=64)
+    assert torch.equal(first[0], second[0])
+    assert [torch.linalg.matrix_rank(grad, rtol=1e-9).item() for grad in first] == [3, 3, 1]
+
+
+def compressed(rt):
+    """The gradients of the first calls; no scalars, which torch's hook does not know."""
+    with pytest.raises(ff.CapabilityError, match=r"without dimensions: blocks.0.gain, blocks.1.gain"):
+        ff.setup_model(rt, NET)
+    model = ff.setup_model(rt, NORMED)
+    grad_fn = ff.value_and_grad(rt, squares)
+    return [grad_fn(model, rows(rt))[1].params["3.weight"] for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"find_unused_parameter": True}, r"no option find_unused_parameter; .*Did you mean find_unused_parameters\?"),
+        ({"broadcast_buffers": True}, r'decided by fabricfn: write value_and_grad\(..., buffers="rank0"'),
+        ({"mixed_precision": None}, "Precision"),
+        ({"static_graph": 1}, "static_graph=1.* must be True or False"),
+        ({"bucket_cap_mb": -1}, "must be a positive number of MiB"),
+        ({"comm_hook": "bf61"}, "there are 'bf16', 'fp16', 'powersgd'"),
+        ({"comm_hook": 3}, "neither a function nor one of"),
+        ({"comm_hook": "bf16", "comm_state": {}}, "has no comm_state"),
+        ({"comm_hook": "powersgd", "comm_state": {"rank": 2}}, "There are matrix_approximation_rank"),
+        ({"comm_hook": "powersgd", "comm_state": {"start_powerSGD_iter": 1}}, "start_powerSGD_iter"),
+    ],
+)
+def test_options_of_ddp_are_checked(options, match):
+    with pytest.raises(ConfigurationError, match=match):
+        ddp(**options)
+
+
+# Strings
+
+
+def test_every_string_is_a_strategy_and_a_wrong_one_suggests():
+    known = ff.strategies.NAMES | ff.strategies.PRESETS
+    for name in known:
+        found = ff.strategies.resolve(name, 1)
+        assert isinstance(found, ff.Strategy)
+        assert name.startswith(found.name)
+    assert ff.strategies.resolve("ddp_find_unused_parameters_true", 2).check_unused() is None
+    for wrong, right in (("dddp", "ddp"), ("fdsp", "fsdp"), ("DDP_Spawn", "ddp_spawn"), ("ddp_find_unused", "ddp_")):
+        with pytest.raises(ConfigurationError, match=f'Did you mean "{right}.*There are .auto., .single.'):
+            ff.strategies.resolve(wrong, 2)
+    with pytest.raises(ConfigurationError, match="is unknown. There are"):
+        ff.strategies.resolve("horovod", 2)
+
+
+def where(rt):
+    return rt.strategy.name, rt.world_size, multiprocessing.current_process().name.split("-")[0]
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp_fork", "ForkProcess"), ("ddp_notebook", "ForkProcess")])
+def test_strings_that_say_how_launch_starts_ranks(strategy, kind):
+    assert ff.launch(where, devices=2, accelerator="cpu", strategy=strategy) == [("ddp", 2, kind)] * 2
+
+
+def test_which_method_a_string_means_and_contradictions():
+    for strategy, given, method in (
+        ("ddp_spawn", "auto", "spawn"),
+        ("ddp_spawn", "spawn", "spawn"),
+        ("ddp", "spawn", "spawn"),
+        ("ddp", "auto", "auto"),
+        (ddp(), "fork", "fork"),
+    ):
+        assert start_method_of(Request(strategy=strategy, start_method=given)) == method
+    with pytest.raises(ConfigurationError, match=r"'ddp_fork' means start_method=\"fork\", but start_method='spawn'"):
+        ff.launch(where, devices=2, accelerator="cpu", strategy="ddp_fork", start_method="spawn")
+
+
+# dp
+
+
+def apart(tensor, device):
+    return tensor.clone()
+
+
+def replicas(count, log=None, **options):
+    """dp over `count` devices, all of them this CPU, with copies as between devices."""
+
+    def chunk(tensor, number):
+        parts = torch.chunk(tensor, number)
+        if log is not None:
+            log.append([len(part) for part in parts])
+        return parts
+
+    return dp(["cpu"] * count, seam=Seam(move=apart, chunk=chunk))
+
+
+def under(strategy, precision=64):
+    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(precision), strategy=strategy)
+
+
+def nested(net, batch, *, more, scale):
+    x, (y, label) = batch
+    assert label == "x"
+    assert scale.dim() == 0
+    assert len(x) == len(y) == len(more[0]["z"])
+    loss = (net(x) - y).square() * scale + more[0]["z"]
+    return loss
+
+
+def batch_of(count):
+    return (X[:count], (X[:count, :3] * 2, "x")), {"more": [{"z": X[:count, 3:4]}], "scale": torch.tensor(0.5)}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+@pytest.mark.parametrize("devices", [2, 3, 5])
+def test_dp_scatters_nested_batches_and_takes_the_mean_over_rows(alone, count, devices):
+    log = []
+    args, kwargs = batch_of(count)
+    found = []
+    for rt in (alone, under(replicas(devices, log))):
+        model = ff.setup_model(rt, NET)
+        for weighted in (False, True):
+
+            def loss_fn(net, *args, weighted=weighted, **kwargs):
+                loss = nested(net, *args, **kwargs)
+                aux = {
+                    "each": loss.detach().mean(1),
+                    "mean": loss.mean().item(),
+                    "rows": loss.detach().mean(),
+                    "n": "x",
+                }
+                return ((loss.sum(), len(loss)) if weighted else loss.mean()), aux
+
+            grad_fn = ff.value_and_grad(rt, loss_fn, has_aux=True, weighted=weighted)
+            (loss, aux), grads = grad_fn(model, args, **kwargs)
+            found.append((loss, aux, dict(grads.params)))
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert testing.difference(other, one, 1e-12) is None
+    assert all(sizes == [len(part) for part in torch.chunk(X[:count], min(count, devices))] for sizes in log)
+    assert len(log) == (6 if count > 1 else 0)
+
+
+def test_dp_with_buffers_constants_checkpointing_and_two_models(alone):
+    def run(rt, **options):
+        model, other = (ff.setup_model(rt, built(seed), **options) for seed in (0, 1))
+        opt = ff.setup_optimizer(rt, (model, other), torch.optim.SGD, lr=0.1)
+
+        def loss_fn(nets, x, teacher):
+            return ((nets[0](x) - teacher(x)) * nets[1](x)).square().mean()
+
+        for _ in range(2):
+            _, grads = ff.accumulate(rt, loss_fn)((model, other), [(part, model) for part in X.chunk(2)])
+            (model, other), opt = ff.optimizer_step(rt, (model, other), opt, grads, donate=True)
+        return wholes(model.params), wholes(other.params), ff.apply(rt, model, X)
+
+    expected = run(alone)
+    for options in ({}, {"activation_checkpointing": Block}):
+        assert testing.difference(run(under(replicas(3)), **options), expected, 1e-12) is None
+
+
+def test_dp_keeps_the_buffers_of_the_first_replica(alone):
+    model = ff.setup_model(alone, NORMED)
+    _, grads = ff.value_and_grad(alone, squares)(model, X[:6])
+    first = grads.new_buffers
+    rt = under(replicas(2))
+    _, grads = ff.value_and_grad(rt, squares)(ff.setup_model(rt, NORMED), X)
+    assert testing.difference(grads.new_buffers, first, 0) is None
+
+
+def test_what_dp_refuses(alone):
+    rt = under(replicas(2))
+    model = ff.setup_model(rt, NET)
+    with pytest.raises(ff.CapabilityError, match=r"these have \[3, 12\] rows"):
+        ff.value_and_grad(rt, lambda net, x, y: net(x).mean())(model, X, X[:3])
+    with pytest.raises(ff.CapabilityError, match="dp adds up rows on each"):
+        ff.accumulate(rt, squares, reduce="canonical")
+    with pytest.raises(ConfigurationError, match=r'a CPU is one device; asked for are 2. Write strategy="ddp"'):
+        ff.init_runtime(accelerator="cpu", devices=2, strategy="dp")
+    with pytest.raises(ConfigurationError, match="serves at most 1 rank"):
+        ff.strategies.resolve("dp", 2)
+
+
+def test_dp_has_one_process_and_alone_it_is_single():
+    rt = ff.init_runtime(accelerator="cpu", strategy="dp")
+    assert (rt.strategy.name, rt.world_size) == ("dp", 1)
+    for field in dataclasses.fields(ff.Strategy):
+        if field.name != "name":
+            assert getattr(rt.strategy, field.name) is getattr(ff.strategies.single(), field.name)
+    choice = in_one_process(choose("cuda", [1, 3], {"cuda": 4, "cpu": 1}))
+    assert (choice.indices, choice.replicas) == ((1,), (1, 3))
+    assert in_one_process(choose("mps", "auto", {"mps": 1, "cpu": 1})).replicas == (0,)
