@@ -45,6 +45,8 @@ def package(device_type: str) -> Any:
     loaded: Any = deepspeed
     if device_type == "cpu":  # else the first engine compiles an operation for a minute, or fails without a compiler
         loaded.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # which it calls by names that torch renamed
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
     logger = logging.getLogger("DeepSpeed")
     if logger.level in (logging.NOTSET, logging.INFO):
         logger.setLevel(logging.WARNING)
@@ -78,14 +80,29 @@ def settled(world: World) -> Generator[None]:
     """The environment variables that DeepSpeed reads, while it does."""
     wanted = {"RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.world_size}
     before = {name: os.environ.get(name) for name in wanted}
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
     os.environ.update({name: str(value) for name, value in wanted.items()})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logger.setLevel(logging.ERROR)  # it warns of an optimizer that it does not know
             yield
     finally:
+        logger.setLevel(level)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def without_broadcast(engine: Any) -> Generator[None]:
+    """Values come in by `write`; the broadcast of an engine that is made fails on scalar parameters, besides."""
+    before = engine._broadcast_model
+    engine._broadcast_model = lambda _: None
+    try:
+        yield
+    finally:
+        engine._broadcast_model = before
 
 
 class Idle(torch.optim.Optimizer):
@@ -124,6 +141,8 @@ class Zero:
     """Gradients are kept in host memory."""
     pieces: dict[int, Piece]
     """By id of the slot; what is not in it is whole on every rank."""
+    run: Any
+    """Called with a function of the net; of a frozen net not the engine itself, which waits for a backward pass."""
 
 
 def started(net: nn.Module, world: World, stage: int, config: dict[str, Any], *, frozen: bool) -> Zero:
@@ -132,13 +151,18 @@ def started(net: nn.Module, world: World, stage: int, config: dict[str, Any], *,
     slots = list(net.parameters())
     shapes = {id(slot): slot.numel() for slot in slots}
     trainable = [slot for slot in slots if slot.requires_grad]
-    with settled(world):
+    scalars: list[Any] = [slot for slot in slots if slot.dim() == 0 and stage == 3]
+    for slot in scalars:  # stage 3 fails on them as it cuts; what it gathers into is free
+        slot.data = slot.data.view(1)
+    with settled(world), without_broadcast(loaded.DeepSpeedEngine):
         engine, *_ = loaded.initialize(
             model=Box(net),
             optimizer=None if frozen else Idle(trainable),
             config=config,
             dist_init_required=False,
         )
+    for slot in scalars:
+        slot.ds_shape = torch.Size(())
     pieces: dict[int, Piece] = {}
     zero = engine.optimizer
     count = world.world_size
@@ -161,7 +185,22 @@ def started(net: nn.Module, world: World, stage: int, config: dict[str, Any], *,
             bounds = bounds_of(shapes[id(slot)], 0, slot.partition_numel(), count)  # pyright: ignore[reportCallIssue]
             pieces[id(slot)] = Piece(slot, bounds, 0)
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    return Zero(engine, stage, world.rank, offload, pieces)
+    return Zero(engine, stage, world.rank, offload, pieces, engine.module if frozen else engine)
+
+
+def run_back(zeros: Sequence[Zero], loss: torch.Tensor) -> None:
+    """The backward pass of a loss that went through these engines."""
+    first, *others = zeros
+    plain = [other.engine for other in others if other.stage == 0]  # the others reduce in hooks
+    try:
+        for engine in plain:
+            engine._running_engine_backward = True
+        first.engine.backward(loss)
+        for engine in plain:
+            engine._backward_epilogue()
+    finally:
+        for engine in plain:
+            engine._running_engine_backward = False
 
 
 def write(zero: Zero, values: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:

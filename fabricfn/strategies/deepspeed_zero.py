@@ -20,7 +20,7 @@ from fabricfn.errors import CapabilityError, ModelError
 from fabricfn.precision import Precision
 from fabricfn.sharding import full, is_sharded
 from fabricfn.strategies.deepspeed_config import OFFLOADS, Offload, read_config, settled_config
-from fabricfn.strategies.deepspeed_engine import Zero, clear, package, read, started, whole_again, write
+from fabricfn.strategies.deepspeed_engine import Zero, clear, package, read, run_back, started, whole_again, write
 from fabricfn.strategies.single import backward as run_backward, gradients as take
 from fabricfn.strategies.stretch import Stretch, cut, laid
 from fabricfn.strategy import Strategy, point as point_whole
@@ -217,19 +217,19 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
         with torch.autocast(kind, dtype, enabled=enabled):  # the engine turns off what it was not told of
             return forward(others, functools.partial(fn, net), sync=sync, loss_fn=loss_fn)
 
-    return engine(inside)
+    return held.zero.run(inside)
 
 
 def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:
     """The engine's backward pass, which reduces and cuts gradients meanwhile."""
-    first: Held | None = frames[0].handle
-    for frame in frames:
-        if frame.handle is not None:
-            frame.handle.share = share
-    if first is None or first.zero is None:
+    handles: list[Held] = [frame.handle for frame in frames if frame.handle is not None]
+    for held in handles:
+        held.share = share
+    zeros = [held.zero for held in handles if held.zero is not None]
+    if zeros:
+        run_back(zeros, loss)
+    else:
         run_backward(frames, loss, share=share)
-        return
-    first.zero.engine.backward(loss)
 
 
 def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:
