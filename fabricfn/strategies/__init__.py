@@ -84,8 +84,8 @@ def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
 
 
 _THERE_IS = (
-    f"There are {', '.join(map(repr, ('auto', *NAMES, *EXTRAS)))}, a Strategy record such as ff.strategies.ddp(...), and"
-    ' "package.module:factory".'
+    f"There are {', '.join(map(repr, ('auto', *NAMES, *EXTRAS)))}, a Strategy record such as"
+    ' ff.strategies.ddp(...), and "package.module:factory".'
 )
 
 

@@ -20,7 +20,8 @@ from fabricfn.errors import CapabilityError, ModelError
 from fabricfn.precision import Precision
 from fabricfn.sharding import full, is_sharded
 from fabricfn.strategies.deepspeed_config import OFFLOADS, Offload, read_config, settled_config
-from fabricfn.strategies.deepspeed_engine import Zero, clear, package, read, run_back, started, whole_again, write
+from fabricfn.strategies.deepspeed_engine import Zero, clear, read, run_back, started, whole_again, write
+from fabricfn.strategies.deepspeed_package import require
 from fabricfn.strategies.single import backward as run_backward, gradients as take
 from fabricfn.strategies.stretch import Stretch, cut, laid
 from fabricfn.strategy import Strategy, point as point_whole
@@ -77,7 +78,7 @@ def deepspeed(
         'deepspeed_stage_3_offload'
     """
     given, chosen = read_config(config, stage, offload_optimizer, offload_param)
-    package("cuda" if torch.cuda.is_available() else "cpu")
+    require()
 
     def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Held | None:
         if world.group is None or (frozen and not chosen):
@@ -155,7 +156,7 @@ def check_dtypes(slots: Sequence[nn.Parameter]) -> None:
 
 
 def shard(whole: torch.Tensor, slot: nn.Parameter) -> torch.Tensor:
-    """This rank's stretch, as ZeRO has cut the slot."""
+    """The stretch of this rank, as ZeRO has cut the slot."""
     how = getattr(slot, CUT, None)
     if how is None:
         return whole.clone()

@@ -6,8 +6,9 @@ rank's part. Whatever works number by number works on the parts; anything else i
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,7 @@ class Stretch(torch.Tensor):
     _spec: Spec
 
     @staticmethod
-    def __new__(cls, local: torch.Tensor, spec: Spec, *, requires_grad: bool = False) -> "Stretch":
+    def __new__(cls: Any, local: torch.Tensor, spec: Spec, *, requires_grad: bool = False) -> "Stretch":
         """Around a part, without a copy."""
         meta = spec.tensor_meta
         made: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
@@ -82,12 +83,12 @@ class Stretch(torch.Tensor):
         made._spec = spec
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    __torch_function__ = cast("Any", torch._C)._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Operations that work number by number, on the parts."""
-        given = (args, kwargs or {})
+        given: tuple[Any, dict[str, Any]] = (args, kwargs or {})
         first = next(leaf for leaf in tree_leaves(given) if isinstance(leaf, Stretch))
         if not (_dispatch.Tag.pointwise in func.tags or func.overloadpacket in _MOVING):
             raise _whole_only(str(func))
@@ -132,13 +133,13 @@ class Stretch(torch.Tensor):
         return self._spec.mesh
 
     def to_local(self) -> torch.Tensor:
-        """This rank's numbers, in one dimension; shares the memory."""
+        """The numbers of this rank, in one dimension; shares the memory."""
         return self._local_tensor
 
     def full_tensor(self) -> torch.Tensor:
         """The whole tensor. Every rank of the line must call it."""
         bounds, mesh = self._spec.placements[0].bounds, self._spec.mesh
-        longest = max(end - begin for begin, end in zip(bounds, bounds[1:], strict=False))
+        longest = max(end - begin for begin, end in itertools.pairwise(bounds))
         mine = self._local_tensor.detach().to(mesh.device_type)
         sent = mine.new_zeros(longest)
         sent[: mine.numel()] = mine
@@ -162,7 +163,7 @@ class Whole:
     mesh: Any
 
     def redistribute(self, *, placements: Sequence[Stretches]) -> Stretch:
-        """This rank's stretch of it, in memory of its own. Nothing travels."""
+        """The stretch of this rank, in memory of its own. Nothing travels."""
         return cut(self.tensor, self.mesh, placements[0].bounds)
 
 
@@ -173,14 +174,14 @@ def laid(part: torch.Tensor, mesh: Any, bounds: tuple[int, ...], shape: torch.Si
 
 
 def cut(whole: torch.Tensor, mesh: Any, bounds: tuple[int, ...]) -> Stretch:
-    """This rank's stretch of a tensor that all ranks hold, in memory of its own."""
+    """The stretch of this rank of a tensor that all ranks hold, in memory of its own."""
     rank = mesh.get_local_rank()
     part = whole.detach().reshape(-1)[bounds[rank] : bounds[rank + 1]]
     return laid(part.clone(), mesh, bounds, whole.shape)
 
 
 def stretch_of(whole: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """This rank's numbers of a whole tensor; a view where that is possible."""
+    """The numbers of this rank of a whole tensor; a view where that is possible."""
     rank = spec.mesh.get_local_rank()
     begin, end = spec.placements[0].bounds[rank : rank + 2]
     return whole.reshape(-1)[begin:end]
