@@ -191,6 +191,7 @@ def several(rt):
         "other values": gradients(half, mse),
         "two models": gradients({"a": model, "b": other}, pair),
         "two records": gradients({"a": model, "b": half}, pair),
+        "accumulated": halves(rt, model),
         "clipped": norm(0.1),
         "apply": ff.apply(rt, half, data()[0]),
         "value": ff.value(rt, lambda net, x, y: (mse(net, x, y) * len(x), len(x)), weighted=True)(model, *mine(rt)),
@@ -198,6 +199,12 @@ def several(rt):
         "module": dict(ff.to_module(rt, half).state_dict()),
         "plain again": gradients(model, mse),
     }
+
+
+def halves(rt, model):
+    """Two micro-batches of one size: the mean of their means."""
+    x, y = mine(rt)
+    return wholes(ff.accumulate(rt, mse)(model, zip(x.chunk(2), y.chunk(2), strict=True))[1])
 
 
 def inputs(rt, model):
@@ -312,6 +319,18 @@ def test_stretches_compute_number_by_number_and_nothing_else(ranks):
 # What it refuses
 
 
+class Break(torch.autograd.Function):
+    """Fails in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ArithmeticError("in backward")
+
+
 def refusals(rt):
     model = ff.setup_model(rt, made())
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
@@ -321,10 +340,15 @@ def refusals(rt):
         net(x)
         raise KeyError("halfway")
 
+    def breaking(net, x, y):
+        h = Break.apply(net.inp(x))
+        return (net.out(net.blocks[1](net.blocks[0](h)) + net.back(x)) * net.scale - y).square().mean()
+
     before = wholes(ff.value_and_grad(rt, mse)(model, *batch)[1])
     for loss_fn, error, match in (
         (lambda net, x, y: net.inp(x).sum(), GradientError, "got no gradient: "),
         (failing, KeyError, "halfway"),
+        (breaking, ArithmeticError, "in backward"),
     ):
         with pytest.raises(error, match=match):
             ff.value_and_grad(rt, loss_fn)(model, *batch)

@@ -180,6 +180,20 @@ def read(zero: Zero, share: float) -> list[torch.Tensor]:
     return found
 
 
+def forget(zero: Zero) -> None:
+    """Also drop the gradients that wait to be reduced, after a backward pass that failed."""
+    clear(zero)
+    optimizer = zero.engine.optimizer
+    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+        getattr(bucket, "clear_params", bucket.clear)()  # stage 3 has a buffer to keep
+    reduced: Any = getattr(optimizer, "params_already_reduced", {})
+    keys: Any = [*reduced] if hasattr(reduced, "keys") else range(len(reduced))
+    for key in keys:
+        reduced[key] = False
+    if zero.stage == 3:
+        whole_again(zero)
+
+
 def clear(zero: Zero) -> None:
     """Drop all gradients, and the counts of a run that was left in the middle."""
     optimizer = zero.engine.optimizer
@@ -196,3 +210,4 @@ def clear(zero: Zero) -> None:
         if zero.offload:
             optimizer.single_partition_of_fp32_groups[0].grad.zero_()
     optimizer._backward_hook_state.reset_for_new_step()
+    optimizer._backward_hook_state.backward_active_depth = 0

@@ -20,7 +20,7 @@ from fabricfn.errors import CapabilityError, ModelError
 from fabricfn.precision import Precision
 from fabricfn.sharding import full, is_sharded
 from fabricfn.strategies.deepspeed_config import OFFLOADS, Offload, read_config, settled_config
-from fabricfn.strategies.deepspeed_engine import Zero, clear, read, run_back, started, whole_again, write
+from fabricfn.strategies.deepspeed_engine import Zero, forget, read, run_back, started, write
 from fabricfn.strategies.deepspeed_package import require
 from fabricfn.strategies.single import backward as run_backward, gradients as take
 from fabricfn.strategies.stretch import Stretch, cut, laid
@@ -196,10 +196,7 @@ def reset(frame: Frame) -> None:
         return
     held.used.clear()
     held.share = 1.0
-    clear(held.zero)
-    if held.zero.stage == 3:
-        whole_again(held.zero)
-        frame.owner = None
+    forget(held.zero)
 
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
