@@ -52,6 +52,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def deepspeed(session: nox.Session) -> None:
+    """The laws over the real DeepSpeed, which it installs (12 s); two minutes. Not part of the round."""
+    install = (sys.executable, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[deepspeed]")
+    session.run(*install, env={**ENV, "DS_BUILD_OPS": "0"})
+    python(session, "-m", "pytest", "tests/test_deepspeed.py", *session.posargs)
+
+
+@nox.session
 def reliability(session: nox.Session) -> None:
     """Kills, power failures, damage, hostile files in full: docs/reliability.md; an hour. Not part of the round."""
     python(session, "-m", "tests.reliability", "--full", "--write", *session.posargs)

@@ -96,10 +96,11 @@ def bind(engine: Engine, frame: Frame, model: Model) -> None:
 
 def refuse_kinds(frame: Frame, model: Model) -> None:
     """Raise `ModelError` naming the first value that does not fit its slot."""
-    for (name, value), slot in zip(model.params.items(), frame.slots, strict=True):
-        if value.dtype is not slot.dtype or value.shape != slot.shape or value.device != slot.device:
+    for (name, value), (dtype, shape, device) in zip(model.params.items(), frame.kinds, strict=True):
+        if value.dtype is not dtype or value.shape != shape or value.device != device:
+            wanted = describe(torch.empty(shape, dtype=dtype, device="meta")).replace("meta", str(device))
             raise ModelError(
-                f"{name} of this Model is {describe(value)}, but the module that was set up has {describe(slot)}."
+                f"{name} of this Model is {describe(value)}, but the module that was set up has {wanted}."
                 " A Model can be mapped to other values, not to other shapes, dtypes or devices."
             )
 

@@ -51,7 +51,8 @@ def make_frame(net: nn.Module, handle: Any) -> Frame:
         names=tuple(slots),
         slots=list(slots.values()),
         handle=handle,
-        kinds=tuple((slot.dtype, slot.shape, slot.device) for slot in slots.values()),
+        # an engine's slots may be in another dtype, or empty until they are gathered: then the handle says what fits
+        kinds=getattr(handle, "kinds", None) or tuple((slot.dtype, slot.shape, slot.device) for slot in slots.values()),
         trainable=tuple(slot.requires_grad for slot in slots.values()),
         places=persistent_buffers(net, absent=False),
         absent=persistent_buffers(net, absent=True),

@@ -10,7 +10,7 @@ from typing import Any
 from fabricfn.checkpoint.format.boxes import Box, flaw, whole
 from fabricfn.checkpoint.format.manifest import ARRAYS, Leaf, array_bytes, path_text, stored_as
 from fabricfn.checkpoint.trees.outline import Outline, leaves_of, listing
-from fabricfn.checkpoint.trees.placements import layout_of, layout_text, local_tensor, narrowed, parts_of
+from fabricfn.checkpoint.trees.placements import layout_of, layout_text, local_tensor, parts_of, view_of
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.sharding import is_sharded
 
@@ -170,8 +170,8 @@ def held(value: Any, box: Box) -> Any:
     """The piece of a value that this rank holds, a view of its memory; None when it has no elements."""
     if not is_sharded(value):
         return value
-    found = [part.at for part in parts_of(value) if part.box == box]
-    return narrowed(local_tensor(value), found[0]) if found else None
+    found = [part for part in parts_of(value) if part.box == box]
+    return view_of(local_tensor(value), found[0]) if found else None
 
 
 def to_plain(holding: Holding) -> list[Any]:

@@ -14,13 +14,17 @@ from fabricfn.strategies.single import single as single
 from fabricfn.strategy import Strategy
 
 if TYPE_CHECKING:
+    from fabricfn.strategies.deepspeed_zero import deepspeed as deepspeed
     from fabricfn.strategies.sharded import fsdp as fsdp
 
 
 def __getattr__(name: str) -> Any:
-    if name != "fsdp":
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("fabricfn.strategies.sharded").fsdp  # not at the top: importing DTensor takes 0.7 s
+    return getattr(import_module(_LATE[name]), name)  # not at the top: importing DTensor takes 0.7 s
+
+
+_LATE = {"fsdp": "fabricfn.strategies.sharded", "deepspeed": "fabricfn.strategies.deepspeed_zero"}
 
 
 def _fsdp() -> Strategy:
@@ -45,6 +49,22 @@ PRESETS: dict[str, Callable[[], Strategy]] = {
 
 STARTS = {"ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
 """The names that say by which method `launch` starts ranks. A script is run again, as for ddp."""
+def _deepspeed(stage: int, **offload: str) -> Callable[[], Strategy]:
+    return lambda: __getattr__("deepspeed")(stage=stage, **offload)
+
+
+_HOST = {"offload_optimizer": "cpu"}
+EXTRAS: dict[str, Callable[[], Strategy]] = {
+    "deepspeed": _deepspeed(2),
+    "deepspeed_stage_1": _deepspeed(1),
+    "deepspeed_stage_2": _deepspeed(2),
+    "deepspeed_stage_3": _deepspeed(3),
+    "deepspeed_stage_1_offload": _deepspeed(1, **_HOST),
+    "deepspeed_stage_2_offload": _deepspeed(2, **_HOST),
+    "deepspeed_stage_3_offload": _deepspeed(3, **_HOST, offload_param="cpu"),
+    "deepspeed_stage_3_offload_nvme": _deepspeed(3, offload_optimizer="nvme", offload_param="nvme"),
+}
+"""Names whose packages are extras: known as the others are, but no law is checked over them unless they are named."""
 
 
 def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
@@ -77,7 +97,7 @@ def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
 
 
 _THERE_IS = (
-    f"There are {', '.join(map(repr, ('auto', *NAMES, *PRESETS)))}, a Strategy record such as"
+    f"There are {', '.join(map(repr, ('auto', *NAMES, *PRESETS, *EXTRAS)))}, a Strategy record such as"
     ' ff.strategies.ddp(...), and "package.module:factory".'
 )
 
@@ -85,7 +105,7 @@ _THERE_IS = (
 def _named(name: str, world_size: int) -> Any:
     if name == "auto":
         return single() if world_size == 1 else ddp()
-    known = NAMES | PRESETS
+    known = NAMES | PRESETS | EXTRAS
     if name in known:
         return known[name]()
     module, colon, factory = name.partition(":")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fabricfn.sharding import whole
+from fabricfn.sharding import local_of, whole
 from fabricfn.tree import Tree, path_name, tree_flatten, tree_leaves, tree_map, tree_paths
 
 
@@ -56,7 +56,7 @@ def _tensors(path: str, a: Any, b: torch.Tensor, tolerance: float) -> Difference
     if not isinstance(a, torch.Tensor) or a.dtype is not b.dtype or a.shape != b.shape:
         found = f"{a.dtype} {tuple(a.shape)}" if isinstance(a, torch.Tensor) else repr(a)
         return Difference(path=path, largest=math.inf, detail=f"{found} instead of {b.dtype} {tuple(b.shape)}")
-    a, b = a.detach(), b.detach()
+    a, b = _unwrapped(a), _unwrapped(b)
     if not b.numel() or (tolerance == 0 and torch.equal(_bits(a), _bits(b))):
         return None
     wide = torch.complex128 if b.is_complex() else torch.float64
@@ -68,6 +68,12 @@ def _tensors(path: str, a: Any, b: torch.Tensor, tolerance: float) -> Difference
     index = int(gaps.argmax())
     detail = f"{a.reshape(-1)[index].item()!r} instead of {b.reshape(-1)[index].item()!r} in a {tuple(b.shape)} tensor"
     return Difference(path=path, largest=float(gaps.max()), detail=detail)
+
+
+def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor of which one rank holds everything may stand for a whole one."""
+    part = local_of(tensor.detach())
+    return part.reshape(tensor.shape) if part.numel() == tensor.numel() else part
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fabricfn.checkpoint.foreign.torch_files import blob, opened_torch
 from fabricfn.checkpoint.foreign.values import Later, Stored, read
 from fabricfn.checkpoint.format.boxes import common, within
 from fabricfn.checkpoint.storage.opening import READ, read_at
-from fabricfn.checkpoint.trees.placements import Part, narrowed
+from fabricfn.checkpoint.trees.placements import Part, narrowed, view_of
 from fabricfn.errors import CheckpointError
 
 META = "meta.pt"
@@ -132,7 +132,7 @@ def _value(folder: Path, item: Item, fds: dict[str, tuple[int, int]]) -> Stored 
             values = read(found, None, what, torch.device("cpu"))
             for part, box in shared:
                 if box is not None:
-                    mine = narrowed(narrowed(into, part.at), within(box, part.box))
+                    mine = narrowed(view_of(into, part), within(box, part.box))
                     mine.copy_(narrowed(values, within(box, chunk.box)))
 
     file = folder / (item.chunks[0].file if item.chunks else METADATA)

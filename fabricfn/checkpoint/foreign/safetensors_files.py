@@ -16,7 +16,7 @@ import torch
 from fabricfn.checkpoint.foreign.values import Refused, Stored
 from fabricfn.checkpoint.format.manifest import DTYPES
 from fabricfn.checkpoint.storage.opening import read_at
-from fabricfn.checkpoint.trees.placements import Part, narrowed
+from fabricfn.checkpoint.trees.placements import Part, view_of
 from fabricfn.checkpoint.trees.reading import read_box
 from fabricfn.errors import CheckpointError
 
@@ -104,6 +104,6 @@ def _tensor(fd: int, origin: int, name: str, entry: Any, path: Path) -> Stored |
 
     def fill(into: torch.Tensor, parts: Sequence[Part], what: str) -> None:
         for part in parts:
-            read_box(stretch, shape, part.box, narrowed(into, part.at), 0)
+            read_box(stretch, shape, part.box, view_of(into, part), 0)
 
     return Stored(dtype=kind, shape=shape, file=path, fill=fill, same=(fd, begin) if end > begin else None)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of
+from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of, view_of
 from fabricfn.errors import CheckpointError
 from fabricfn.sharding import is_sharded, with_local
 
@@ -89,7 +89,7 @@ def _stored(tensor: torch.Tensor, file: Path) -> Stored | Refused:
 
     def fill(into: torch.Tensor, parts: Sequence[Part], what: str) -> None:
         for part in parts:
-            narrowed(into, part.at).copy_(narrowed(tensor, part.box))
+            view_of(into, part).copy_(narrowed(tensor, part.box))
 
     bits = (tensor.is_conj(), tensor.is_neg())
     same = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, bits)

@@ -55,6 +55,9 @@ def parts_of(tensor: torch.Tensor) -> tuple[Part, ...]:
     coordinate = spec.mesh.get_coordinate()
     if coordinate is None:
         return ()
+    bounds = getattr(spec.placements[0], "bounds", None)
+    if bounds is not None:
+        return tuple(_stretch(shape, *bounds[coordinate[0] : coordinate[0] + 2]))
     runs = _runs(shape, tuple(spec.mesh.shape), coordinate, spec.placements, getattr(spec, "shard_order", None))
     expected = tuple(sum(length for _, length in of) for of in runs)
     found = tuple(local_of(tensor).shape)
@@ -64,6 +67,40 @@ def parts_of(tensor: torch.Tensor) -> tuple[Part, ...]:
             " distribute_tensor, or give DTensor.from_local the whole shape and stride."
         )
     return tuple(_products(runs))
+
+
+def _stretch(shape: tuple[int, ...], begin: int, end: int) -> Iterable[Part]:
+    """The boxes that flattened numbers make, in their order: what is left of a row, whole rows, a row's beginning."""
+    at = begin
+
+    def cut(dims: tuple[int, ...], first: tuple[int, ...], low: int, high: int) -> Iterable[Box]:
+        if low >= high:
+            return
+        if not dims:
+            yield Box(first, (1,) * len(first))
+            return
+        row = math.prod(dims[1:])
+        start, stop = -(-low // row), high // row
+        if start > stop:  # within one row
+            yield from cut(dims[1:], (*first, stop), low - stop * row, high - stop * row)
+            return
+        if low < start * row:
+            yield from cut(dims[1:], (*first, start - 1), low - (start - 1) * row, row)
+        if start < stop:
+            rest = dims[1:]
+            yield Box((*first, start, *(0 for _ in rest)), (*(1 for _ in first), stop - start, *rest))
+        if stop * row < high:
+            yield from cut(dims[1:], (*first, stop), 0, high - stop * row)
+
+    for box in cut(shape, (), begin, end):
+        yield Part(box=box, at=Box((at - begin,), (box.size,)))
+        at += box.size
+
+
+def view_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    """A view of a part of a rank's tensor, in the shape of its box."""
+    mine = narrowed(tensor, part.at)
+    return mine if mine.shape == part.box.shape else mine.view(part.box.shape)
 
 
 def narrowed(tensor: torch.Tensor, box: Box) -> torch.Tensor:

@@ -11,7 +11,7 @@ from fabricfn.checkpoint.format.boxes import Box, common, within
 from fabricfn.checkpoint.format.manifest import BLOCK, Leaf
 from fabricfn.checkpoint.format.pieces import PieceReader, Source
 from fabricfn.checkpoint.trees.arrays import bytes_of
-from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of
+from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of, view_of
 from fabricfn.errors import CheckpointError
 from fabricfn.leases import bump
 from fabricfn.sharding import with_local
@@ -105,7 +105,7 @@ def read_parts(source: Source, leaf: Leaf, into: torch.Tensor, parts: Sequence[P
         CheckpointError: a block is damaged, or an element of the parts is in no piece.
     """
     for part in parts:
-        mine, covered = narrowed(into, part.at), 0
+        mine, covered = view_of(into, part), 0
         for piece in leaf.pieces:
             shared = common(piece.box, part.box)
             if shared is None:
