@@ -59,7 +59,7 @@ MEASURES = {
 STEPS = ((4, "32-true", 400), (40, "32-true", 120), (4, "bf16-mixed", 300))
 FSDP = (("linear", 1, 60), ("linear", 8, 12), ("transformer", 1, 16), ("transformer", 8, 4))
 
-# key of the report, what to measure, the contender that others are compared with, options, rounds.
+# key of the report, what to measure, the contender that others are compared with (else the first), options, rounds.
 ROWS: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
     *((f"steps {n} {p}", "steps", "plain", {"layers": n, "precision": p}, r) for n, p, r in STEPS),
     ("randomness", "randomness", "no key", {"layers": 4}, 400),
@@ -94,6 +94,7 @@ def in_fresh_processes(name: str, repeats: int, **options: Any) -> list[Any]:
 
 def medians(results: list[dict[str, float]], base: str) -> dict[str, Any]:
     """The base's median seconds, and for each contender the median and the range over processes of its ratio."""
+    base = base if base in results[0] else next(iter(results[0]))
     ratios = {name: [result[name] / result[base] for result in results] for name in results[0]}
     return {
         "seconds": statistics.median(result[base] for result in results),
