@@ -49,6 +49,8 @@ PRESETS: dict[str, Callable[[], Strategy]] = {
 
 STARTS = {"ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
 """The names that say by which method `launch` starts ranks. A script is run again, as for ddp."""
+
+
 def _deepspeed(stage: int, **offload: str) -> Callable[[], Strategy]:
     return lambda: __getattr__("deepspeed")(stage=stage, **offload)
 
