@@ -1,9 +1,15 @@
 """What several test files share: runtimes of one rank on which every strategy drives its real engine."""
 
+import signal
+
 import pytest
 import torch.distributed as dist
 
 import fabricfn as ff
+
+# Whoever starts the tests in the background of a script lets SIGINT be ignored, which Python and its children inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
