@@ -24,11 +24,12 @@ from fabricfn.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 disabled: Any = _disable_current_modes
 _READS: frozenset[Any] = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
 """What looks at memory without an operation."""
+_TENSOR: Any = torch.Tensor  # its stubs know these attributes as values, not as descriptors
 _PLACES: dict[Any, Callable[[torch.device], Any]] = {
-    torch.Tensor.is_meta.__get__: lambda device: False,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-    torch.Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-    torch.Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-    torch.Tensor.device.__get__: lambda device: device,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    _TENSOR.is_meta.__get__: lambda device: False,
+    _TENSOR.is_cpu.__get__: lambda device: device.type == "cpu",
+    _TENSOR.is_cuda.__get__: lambda device: device.type == "cuda",
+    _TENSOR.device.__get__: lambda device: device,
 }
 """What asks where a tensor is, and the answer."""
 
@@ -132,8 +133,8 @@ class Tape:
 
 def seen(storage: torch.UntypedStorage, place: Place, device: torch.device) -> torch.Tensor:
     """A tensor that looks at a place of true memory."""
-    empty = torch.empty(0, dtype=place.dtype, device=storage.device)
-    return empty.set_(storage, place.offset, place.size, place.stride)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    empty: Any = torch.empty(0, dtype=place.dtype, device=storage.device)  # the stubs of set_ know no torch.Size
+    return empty.set_(storage, place.offset, place.size, place.stride)
 
 
 def run(fn: Any, leaves: Sequence[Any], spec: Any, memory: dict[int, torch.UntypedStorage], device: Any) -> Any:
@@ -276,7 +277,7 @@ def made(factory: Callable[[], nn.Module], device: torch.device) -> tuple[nn.Mod
     try:
         with device, Look(tape), Record(tape):
             module = factory()
-    except Exception as error:
+    except Exception as error:  # the factory's own, with advice
         error.add_note(
             "The factory ran without memory, so that no rank holds the whole model. If it failed for that reason, make"
             " the whole module on each rank: ff.setup_model(rt, ff.init_module(rt, factory))."

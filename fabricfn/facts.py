@@ -88,15 +88,17 @@ def _version(package: str) -> str:
 def _nccl() -> str:
     if not (torch.cuda.is_available() and _has("nccl")):
         return "none"
-    found: tuple[Any, ...] = nccl.version()  # pyright: ignore
+    version: Any = nccl.version  # without types
+    found: tuple[Any, ...] = version()
     return ".".join(map(str, found))
 
 
 def _devices() -> list[str]:
     found = available()
     lines = [f"devices: {describe(found)}, {threads_each(1)} CPU cores for this process, shm {_shared_memory()}"]
+    cuda: Any = torch.cuda  # without types
     for index in range(found.get("cuda", 0)):
-        device: Any = torch.cuda.get_device_properties(index)  # pyright: ignore
+        device: Any = cuda.get_device_properties(index)
         capability = f"{device.major}.{device.minor}"
         lines.append(f"  cuda:{index} {device.name}, {device.total_memory >> 20} MiB, capability {capability}")
     return lines

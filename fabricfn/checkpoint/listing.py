@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fabricfn.checkpoint.format.manifest import ARRAYS, Piece, array_bytes, path_text, paths_of, plain_value
-from fabricfn.checkpoint.format.pieces import PieceReader
+from fabricfn.checkpoint.format.pieces import PieceReader, Source
 from fabricfn.checkpoint.storage.objects import Options, at_once
 from fabricfn.checkpoint.storage.opening import opened
 from fabricfn.checkpoint.storage.shelves import Shelf, in_order, shelf_at
@@ -90,31 +90,35 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, storage_options: Mapping
         epoch = 3
     """
     with opened(path, options=storage_options) as source:
-        manifest = source.manifest
-        entries: list[Entry] = []
-        for index, place in paths_of(manifest.tree).items():
-            leaf = manifest.leaves[index]
-            plain = leaf.kind not in ARRAYS
-            stored = not plain and leaf.alias is None
-            entries.append(
-                Entry(
-                    path=path_text(place),
-                    kind=leaf.kind,
-                    dtype=leaf.dtype,
-                    shape=leaf.shape,
-                    bytes=array_bytes(leaf.dtype, leaf.shape) if stored else 0,
-                    value=plain_value(leaf) if plain else None,
-                )
+        return _summary(source)
+
+
+def _summary(source: Source) -> Summary:
+    manifest = source.manifest
+    entries: list[Entry] = []
+    for index, place in paths_of(manifest.tree).items():
+        leaf = manifest.leaves[index]
+        plain = leaf.kind not in ARRAYS
+        stored = not plain and leaf.alias is None
+        entries.append(
+            Entry(
+                path=path_text(place),
+                kind=leaf.kind,
+                dtype=leaf.dtype,
+                shape=leaf.shape,
+                bytes=array_bytes(leaf.dtype, leaf.shape) if stored else 0,
+                value=plain_value(leaf) if plain else None,
             )
-        return Summary(
-            path=source.path,
-            save_id=manifest.save_id,
-            created=datetime.fromtimestamp(manifest.created, UTC),
-            world_size=manifest.world_size,
-            strategy=manifest.strategy,
-            bytes=source.size,
-            entries=tuple(entries),
         )
+    return Summary(
+        path=source.path,
+        save_id=manifest.save_id,
+        created=datetime.fromtimestamp(manifest.created, UTC),
+        world_size=manifest.world_size,
+        strategy=manifest.strategy,
+        bytes=source.size,
+        entries=tuple(entries),
+    )
 
 
 def verify_checkpoint(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Summary:
@@ -140,8 +144,8 @@ def verify_checkpoint(path: str | os.PathLike[str], *, storage_options: Mapping[
         >>> len(summary.entries), summary.world_size
         (2, 1)
     """
-    summary = inspect_checkpoint(path, storage_options=storage_options)
     with opened(path, options=storage_options) as source:
+        summary = _summary(source)
         pieces = [
             (piece, path_text(place))
             for index, place in paths_of(source.manifest.tree).items()

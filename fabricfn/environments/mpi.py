@@ -124,9 +124,10 @@ def meet(topology: Topology) -> Topology:
 def _world() -> Any:
     """mpi4py's communicator of all processes; None where it is not installed."""
     try:
-        from mpi4py import MPI  # pyright: ignore
+        # an extra that need not be here, nor where types are checked
+        from mpi4py import MPI  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
     except ImportError:
         return None
     except RuntimeError as error:  # it is there, and the library that it needs is not
         raise ConfigurationError(f"mpi4py cannot be loaded: {error}. Set MASTER_ADDR and MASTER_PORT.") from error
-    return MPI.COMM_WORLD  # pyright: ignore
+    return MPI.COMM_WORLD  # pyright: ignore[reportUnknownVariableType]

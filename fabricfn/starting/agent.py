@@ -69,6 +69,8 @@ class _Agent(LocalElasticAgent):
     nodes: Nodes | None = None
     """How several nodes agree on restarts, where there can be any."""
 
+    # The decorator on these methods of torch's agent loses their types; hence the ignores.
+
     def _rendezvous(self, worker_group: WorkerGroup) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         super()._rendezvous(worker_group)  # pyright: ignore
         if self.nodes is not None:  # a node that follows another one has used a restart too: all count alike

@@ -233,7 +233,7 @@ def until_shutdown(rt: Runtime) -> Generator[Runtime]:
     except BaseException as error:
         try:
             shutdown(rt)
-        except Exception as late:
+        except Exception as late:  # not lost: it is told beside the error of the block
             error.add_note(f"Besides, {type(late).__name__}: {late}")
         raise
     shutdown(rt)

@@ -115,7 +115,7 @@ def items_of(folder: Path) -> list[Item]:
         return _items(_Unpickler(path.read_bytes(), str(path)).load())
     except (CheckpointError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # damaged bytes lead an unpickler to any of them
         detail = str(error) if type(error) is Invalid else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is no whole metadata of torch.distributed.checkpoint: {detail[:300]}.") from None
 

@@ -36,7 +36,7 @@ def unpickled(source: Any, where: str, mapped: bool) -> Any:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped or None)
     except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # damaged bytes lead torch.load to any of them
         text = str(error)
         wanted = WANTED.search(text)
         if wanted is not None:

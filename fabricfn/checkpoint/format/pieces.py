@@ -2,10 +2,11 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fabricfn.checkpoint.format.manifest import BLOCK, Manifest, Piece
+from fabricfn.checkpoint.format.writing import Entry, header
 from fabricfn.errors import CheckpointError
 
 AHEAD = 2
@@ -27,6 +28,38 @@ class Source:
     """(number of a file, position, into) -> how many bytes there were, fewer than wanted only where the file ends."""
     remote: bool
     """Each read is a request over a network: many at once pay off, and neighbouring blocks are read together."""
+
+
+def data_origin(
+    where: str, manifest: Manifest, size: int, entries: Sequence[Entry], found: int, begin: Callable[[int], bytes]
+) -> int:
+    """Where the data section of a data file begins, when its size and its header are what the manifest says.
+
+    Args:
+        where: the file, for messages.
+        manifest: of the checkpoint.
+        size: what the manifest says that the file has, in bytes.
+        entries: its pieces, as `entries_of` has them.
+        found: what it has.
+        begin: n -> its first n bytes.
+
+    Raises:
+        CheckpointError: it is of another save, or damaged.
+    """
+    expected = header(manifest.save_id, entries)
+    end = len(expected) + (entries[-1][2].start + entries[-1][2].size if entries else 0)
+    if found != size:
+        raise CheckpointError(
+            f"{where} has {found:,} bytes, the manifest says {size:,}: it is cut off or of another save."
+        )
+    if found != end:
+        raise CheckpointError(
+            f"{where} has {found:,} bytes, its pieces in the manifest take {end:,}: one of them is damaged or was"
+            " edited."
+        )
+    if begin(len(expected)) != expected:
+        raise CheckpointError(f"{where} begins otherwise than the manifest says: it is damaged or of another save.")
+    return len(expected)
 
 
 class PieceReader:

@@ -18,8 +18,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fabricfn.checkpoint.format.manifest import DATA, EXPORTED, FILE_NAME, MANIFEST, Manifest, to_bytes
+from fabricfn.checkpoint.format.manifest import DATA, MANIFEST, Manifest, to_bytes
 from fabricfn.checkpoint.format.writing import sync_folder, write_file
+from fabricfn.checkpoint.storage.store import foreign
 from fabricfn.errors import CheckpointError
 
 AT_FDCWD = -100
@@ -41,16 +42,11 @@ def check_target(target: Path) -> None:
             f"{target} is a file; a checkpoint is a folder, and takes the place of nothing but a checkpoint. Choose"
             " another path, or remove the file."
         )
-    names = os.listdir(target)
-    # an export belongs to a checkpoint only where there is one
-    ours = [name for name in names if MANIFEST in names and EXPORTED.fullmatch(name)]
-    foreign = sorted(name for name in names if name not in (MANIFEST, DATA, *ours) and name[0] != ".")
-    if not foreign and (target / DATA).is_dir():
-        names = (f"{DATA}/{name}" for name in os.listdir(target / DATA))
-        foreign = sorted(name for name in names if not FILE_NAME.fullmatch(name))
-    if foreign:
+    data = target / DATA
+    found = foreign(os.listdir(target), lambda: os.listdir(data) if data.is_dir() else ())
+    if found:
         raise CheckpointError(
-            f"{target} holds files that no checkpoint has ({', '.join(foreign[:3])}); saving there would delete them."
+            f"{target} holds files that no checkpoint has ({', '.join(found[:3])}); saving there would delete them."
             f" Name a folder of its own: {target / 'step-1'}."
         )
 

@@ -1,11 +1,12 @@
 """Opening a checkpoint at a URL: requests for what is needed, each patient, every byte checked. No torch."""
 
+import functools
 from collections.abc import Sequence
 
 from fabricfn.checkpoint.format.manifest import DATA, MANIFEST, MANIFEST_LIMIT, Manifest, path_text, paths_of
-from fabricfn.checkpoint.format.pieces import Source
+from fabricfn.checkpoint.format.pieces import Source, data_origin
 from fabricfn.checkpoint.format.validation import from_bytes
-from fabricfn.checkpoint.format.writing import Entry, entries_of, header
+from fabricfn.checkpoint.format.writing import Entry, entries_of
 from fabricfn.checkpoint.storage.objects import Objects, Options, at_once, get, is_object, listed, objects_at, size_of
 from fabricfn.errors import CheckpointError
 
@@ -80,22 +81,11 @@ def _origins(objects: Objects, manifest: Manifest) -> tuple[int, ...]:
 
 def _origin(objects: Objects, manifest: Manifest, number: int, entries: Sequence[Entry]) -> int:
     name, size = manifest.files[number]
-    expected = header(manifest.save_id, entries)
-    end = entries[-1][2].start + entries[-1][2].size if entries else 0
     try:
-        found = size_of(objects, name)
-        if found != size or found != len(expected) + end:
-            raise CheckpointError(
-                f"{objects.url}/{name} has {found or 0:,} bytes, the manifest says {size:,}: it is cut off or of"
-                " another save."
-            )
-        if get(objects, name, 0, len(expected)) != expected:
-            raise CheckpointError(
-                f"{objects.url}/{name} begins otherwise than the manifest says: it is damaged or of another save."
-            )
+        begin = functools.partial(get, objects, name, 0)
+        return data_origin(f"{objects.url}/{name}", manifest, size, entries, size_of(objects, name) or 0, begin)
     except FileNotFoundError as gone:
         raise FileNotFoundError(gone.errno, "", inside(manifest, name, entries)) from None
-    return len(expected)
 
 
 def _vanished(objects: Objects, name: str, manifest: bytes) -> CheckpointError:

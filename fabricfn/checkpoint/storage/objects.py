@@ -112,18 +112,19 @@ def objects_at(url: str, options: Options) -> Objects:
         CheckpointError: fsspec, or the package for this kind of URL, is not installed or does not take the options.
     """
     try:
-        import fsspec.core  # pyright: ignore
+        import fsspec.core
     except ImportError as error:
         raise CheckpointError(
             f"{url} is a URL; those are read and written through fsspec: pip install 'fabricfn[remote]' (for s3://"
             " pip install 'fabricfn[s3]')."
         ) from error
     try:
-        found: Any = fsspec.core.url_to_fs(url, **dict(options or {}))  # pyright: ignore
+        # fsspec has no types
+        found: Any = fsspec.core.url_to_fs(url, **dict(options or {}))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     except ImportError as error:
         hint = "pip install 'fabricfn[s3]'" if url.startswith("s3") else "install the package that it names"
         raise CheckpointError(f"{url} needs a package of its own ({error}): {hint}.") from error
-    except Exception as error:
+    except Exception as error:  # each kind of store raises its own
         raise CheckpointError(f"{url} cannot be opened: {type(error).__name__}: {error}.") from error
     fs, root = found
     names: Any = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
@@ -239,7 +240,7 @@ def _time_of(objects: Objects, name: str) -> Callable[[], Any]:
         objects.fs.invalidate_cache()
         try:
             return objects.fs.modified(objects.at(name))
-        except NotImplementedError:
+        except NotImplementedError:  # a store that tells no times: nothing of it is swept
             return None
 
     return ask

@@ -6,6 +6,7 @@ follows from the manifest, it is compared, never parsed.
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import stat
@@ -14,9 +15,9 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from fabricfn.checkpoint.format.manifest import DATA, MANIFEST, MANIFEST_LIMIT, Manifest
-from fabricfn.checkpoint.format.pieces import Source
+from fabricfn.checkpoint.format.pieces import Source, data_origin
 from fabricfn.checkpoint.format.validation import from_bytes
-from fabricfn.checkpoint.format.writing import entries_of, header
+from fabricfn.checkpoint.format.writing import entries_of
 from fabricfn.checkpoint.storage.downloading import inside, open_url
 from fabricfn.checkpoint.storage.objects import Options, local_path, url_of
 from fabricfn.errors import CheckpointError
@@ -133,23 +134,9 @@ def _open(place: Path, stack: contextlib.ExitStack) -> Source:
             fd, found = _file(name.removeprefix(DATA + "/"), stack, within, f"{place / name}")
         except FileNotFoundError as error:
             raise FileNotFoundError(error.errno, inside(manifest, name, entries)) from None
-        expected = header(manifest.save_id, entries)
-        end = entries[-1][2].start + entries[-1][2].size if entries else 0
-        if found != size:
-            raise CheckpointError(
-                f"{place / name} has {found:,} bytes, the manifest says {size:,}: it is cut off or of another save."
-            )
-        if found != len(expected) + end:
-            raise CheckpointError(
-                f"{place / name} has {found:,} bytes, its pieces in the manifest take {len(expected) + end:,}: one of"
-                " them is damaged or was edited."
-            )
-        if read_at(fd, len(expected), 0) != expected:
-            raise CheckpointError(
-                f"{place / name} begins otherwise than the manifest says: it is damaged or of another save."
-            )
+        begin = functools.partial(read_at, fd, start=0)
+        origins.append(data_origin(f"{place / name}", manifest, size, entries, found, begin))
         fds.append(fd)
-        origins.append(len(expected))
     total = manifest_size + sum(size for _, size in manifest.files)
     return Source(path=place, manifest=manifest, size=total, origins=tuple(origins), read=reader(fds), remote=False)
 

@@ -5,7 +5,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fabricfn.errors import CheckpointError
 
@@ -59,7 +59,7 @@ def _passing(error: BaseException) -> bool:
         return True
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
-        facts: Any = response  # pyright: ignore[reportUnknownVariableType]
+        facts = cast("dict[str, Any]", response)
         if facts.get("Error", {}).get("Code") in CODES:
             return True
         return facts.get("ResponseMetadata", {}).get("HTTPStatusCode") in STATUSES
@@ -84,7 +84,7 @@ def patient(what: str, work: Callable[[], T], patience: float | None = None) -> 
             return work()
         except (FileNotFoundError, CheckpointError):
             raise
-        except Exception as error:
+        except Exception as error:  # each kind of store raises its own
             took = time.monotonic() - began
             if tries >= TRIES or took > limit or not transient(error):
                 often = f" {tries} times in {took:.1f} s" if tries > 1 else ""

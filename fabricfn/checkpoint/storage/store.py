@@ -1,10 +1,10 @@
 """What a place must do so that a checkpoint can be written there. No torch."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fabricfn.checkpoint.format.manifest import Manifest
+from fabricfn.checkpoint.format.manifest import DATA, EXPORTED, FILE_NAME, MANIFEST, Manifest
 
 Clear = Callable[[], None]
 Parts = Callable[[], Iterable[Iterable[memoryview]]]
@@ -31,3 +31,13 @@ class Store:
     """(save id, manifest) -> the bytes of the files for other tools, which it writes. On rank 0, before the commit."""
     commit: Callable[[str, Manifest], int]
     """(save id, manifest) -> the manifest's size. On rank 0, after all ranks have written: the checkpoint stands."""
+
+
+def foreign(names: Sequence[str], data: Callable[[], Iterable[str]]) -> list[str]:
+    """What no checkpoint has, among the names at its place and those in its data folder, which are asked for last."""
+    # an export belongs to a checkpoint only where there is one
+    ours = (MANIFEST, DATA, *(name for name in names if MANIFEST in names and EXPORTED.fullmatch(name)))
+    found = sorted(name for name in names if name not in ours and name[0] != ".")
+    if found or DATA not in names:
+        return found
+    return sorted(name for name in (f"{DATA}/{name}" for name in data()) if not FILE_NAME.fullmatch(name))

@@ -30,7 +30,7 @@ from fabricfn.checkpoint.storage.objects import (
     upload,
 )
 from fabricfn.checkpoint.storage.retrying import patient
-from fabricfn.checkpoint.storage.store import Clear, Parts, Store
+from fabricfn.checkpoint.storage.store import Clear, Parts, Store, foreign
 from fabricfn.errors import CheckpointError
 
 DEAD = timedelta(hours=24)
@@ -91,14 +91,10 @@ def check_target(objects: Objects) -> None:
     names = listed(objects)
     if not names and is_object(objects):
         raise CheckpointError(f"{url} is an object; a checkpoint is a prefix with objects of its own: {url}/step-1.")
-    # an export belongs to a checkpoint only where there is one
-    ours = [MANIFEST, DATA, *(name for name in names if MANIFEST in names and EXPORTED.fullmatch(name))]
-    foreign = sorted(name for name in names if name not in ours and name[0] != ".")
-    if not foreign and DATA in names:
-        foreign = sorted(name for name in data_names(objects, all=True) if not FILE_NAME.fullmatch(name))
-    if foreign:
+    found = foreign(list(names), lambda: listed(objects, DATA))
+    if found:
         raise CheckpointError(
-            f"{url} holds objects that no checkpoint has ({', '.join(foreign[:3])}). Name a prefix of its own:"
+            f"{url} holds objects that no checkpoint has ({', '.join(found[:3])}). Name a prefix of its own:"
             f" {url}/step-1."
         )
     if MANIFEST in names and not objects.replaces:
@@ -108,10 +104,9 @@ def check_target(objects: Objects) -> None:
         )
 
 
-def data_names(objects: Objects, all: bool = False) -> list[str]:
-    """The data objects, by their names in a manifest; `all`: foreign ones too."""
-    names = (f"{DATA}/{name}" for name in listed(objects, DATA))
-    return [name for name in names if all or FILE_NAME.fullmatch(name)]
+def data_names(objects: Objects) -> list[str]:
+    """The data objects, by their names in a manifest."""
+    return list(filter(FILE_NAME.fullmatch, (f"{DATA}/{name}" for name in listed(objects, DATA))))
 
 
 def _check_sizes(objects: Objects, manifest: Manifest) -> None:

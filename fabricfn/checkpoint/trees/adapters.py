@@ -4,9 +4,10 @@ The only file of this room that knows classes. A manifest stores a record's tag 
 caller's template.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -192,6 +193,22 @@ def adapter_of(value: object, types: Types) -> Adapter | None:
     return None
 
 
+@contextlib.contextmanager
+def of_the_caller(what: str, then: str = "") -> Generator[None]:
+    """Around a function of the caller's, which may raise anything: it becomes an error that names the function.
+
+    Args:
+        what: begins the message.
+        then: ends it.
+    """
+    try:
+        yield
+    except FabricfnError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} raised {type(error).__name__}: {error}{then}") from error
+
+
 def fields_of(adapter: Adapter, value: Any, path: tuple[str | int, ...]) -> dict[Any, Any]:
     """The fields of the record that stands at `path`.
 
@@ -201,12 +218,8 @@ def fields_of(adapter: Adapter, value: Any, path: tuple[str | int, ...]) -> dict
     if adapter.cls is None:
         return dict(adapter.to_tree(value))
     where = f"{path_text(path)}: to_tree of the type {adapter.tag!r} (this is a {type(value).__name__})"
-    try:
+    with of_the_caller(where):
         fields: Any = adapter.to_tree(value)
-    except FabricfnError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(fields, Mapping):
         raise CheckpointError(
             f"{where} returned a {type(fields).__name__}; it returns a dict of what the value is made of, by name:"
@@ -223,12 +236,7 @@ def record_from(adapter: Adapter, like: Any, fields: dict[Any, Any], where: Plac
     """
     if adapter.cls is None:
         return adapter.from_tree(like, fields, where)
-    try:
+    entries = ", ".join(map(str, fields)) or "of an empty dict"
+    given = f". It was given the entries {entries}, as the checkpoint has them."
+    with of_the_caller(f"{path_text(path)}: from_tree of the type {adapter.tag!r}", given):
         return adapter.from_tree(like, fields, where)
-    except FabricfnError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path_text(path)}: from_tree of the type {adapter.tag!r} raised {type(error).__name__}: {error}. It was"
-            f" given the entries {', '.join(map(str, fields)) or 'of an empty dict'}, as the checkpoint has them."
-        ) from error

@@ -65,7 +65,7 @@ def _by_function(items: Sequence[tuple[Path, Node | int]], rename: Callable[[str
         old = path_text(path)
         try:
             new: Any = rename(old)
-        except Exception as error:
+        except Exception as error:  # the caller's function may raise anything
             raise CheckpointError(f"rename= raised {type(error).__name__} for {old!r}: {error}") from error
         if type(new) is not str or not all(new.split("/")):
             raise CheckpointError(

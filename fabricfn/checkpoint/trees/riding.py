@@ -14,11 +14,11 @@ import torch
 
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.format.manifest import ARRAYS, class_of, leaf_json, node_json, path_text
-from fabricfn.checkpoint.trees.adapters import ObjectState, Types, adapter_of, rides
+from fabricfn.checkpoint.trees.adapters import ObjectState, Types, adapter_of, of_the_caller, rides
 from fabricfn.checkpoint.trees.arrays import chunks
 from fabricfn.checkpoint.trees.custom import CheckpointType, types_of
 from fabricfn.checkpoint.trees.outline import MAPPINGS, Only, Outline, Path, leaves_of, outline
-from fabricfn.errors import CheckpointError, FabricfnError, MismatchError
+from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.sharding import is_sharded
 from fabricfn.world import World
 
@@ -74,14 +74,8 @@ def stated(world: World, what: str, tree: Any, only: Only, given: Sequence[Check
 
 def state_of(one: Any, path: Path) -> Any:
     """The state of the object at this path."""
-    try:
+    with of_the_caller(f"{path_text(path)}: state_dict() of the {class_of(one).__name__}"):
         return one.state_dict()
-    except FabricfnError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path_text(path)}: state_dict() of the {class_of(one).__name__} raised {type(error).__name__}: {error}"
-        ) from error
 
 
 def _digest(state: Any, one: Any, path: Path, types: Types) -> str:
@@ -134,12 +128,6 @@ def put_back(states: Sequence[tuple[Path, Any, Any]]) -> None:
         CheckpointError: an object did not take its state.
     """
     for path, one, state in states:
-        try:
+        then = ". It may have taken a part of its state, as may have the objects before it: make them anew."
+        with of_the_caller(f"{path_text(path)}: load_state_dict() of the {class_of(one).__name__}", then):
             one.load_state_dict(state)
-        except FabricfnError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{path_text(path)}: load_state_dict() of the {class_of(one).__name__} raised {type(error).__name__}:"
-                f" {error}. It may have taken a part of its state, as may have the objects before it: make them anew."
-            ) from error
