@@ -84,21 +84,22 @@ def _pickled(error: BaseException) -> bytes | None:
 
 
 def exception_of(failure: Failure) -> Exception:
-    """The rank's own exception with a note that names the rank; a `LaunchError` where it could not travel."""
-    note = f"The traceback on rank {failure.rank}, where this was raised:\n{failure.text}"
+    """The rank's own exception; a `LaunchError` where it could not travel. Its cause has the rank's own traceback.
+
+    Python prints a cause first, so that is what the user reads first.
+    """
     try:
         error = None if failure.pickled is None else pickle.loads(failure.pickled)
     except Exception:
         error = None
     if error is None:
         error = LaunchError(f"rank {failure.rank} {failure.summary}")
-    error.add_note(note)
+    error.__cause__ = LaunchError(f"rank {failure.rank} failed first: {failure.summary}\n{failure.text}")
+    error.add_note(f"This was raised on rank {failure.rank}; its own traceback stands above, in the cause.")
     return error
 
 
-def first_cause(
-    failures: Iterable[Failure], deaths: Mapping[int, int], reported: int | None
-) -> tuple[int | None, Failure | None]:
+def first_cause(failures: Iterable[Failure], deaths: Mapping[int, int]) -> tuple[int | None, Failure | None]:
     """Which rank failed first, and its exception if it left one.
 
     An exception of its own outranks a death without one, and both outrank the errors of the others, who only lost the
@@ -106,19 +107,17 @@ def first_cause(
 
     Args:
         failures: what the ranks recorded.
-        deaths: rank -> exit status of those that ended by themselves and recorded nothing.
-        reported: the rank that the agent saw first.
+        deaths: rank -> exit status of those that ended by themselves and recorded nothing, in the order in which that
+            was seen.
 
     Example:
-        >>> first_cause([], {1: -9}, None)
+        >>> first_cause([], {1: -9})
         (1, None)
     """
     ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.time))
     if ordered and (not ordered[0].consequence or not deaths):
         return ordered[0].rank, ordered[0]
-    if reported in deaths or not deaths:
-        return reported, None
-    return min(deaths), None
+    return next(iter(deaths), None), None
 
 
 def ending(status: int) -> str:

@@ -31,6 +31,8 @@ class Runtime:
     """Decides the order of data (see `batches`); keys are made from it by `ff.key(rt.seed)`."""
     owns_group: bool = False
     """Whether this runtime made the process group, which `shutdown` then destroys."""
+    attempt: int = 0
+    """How often all ranks were started again before this time (`max_restarts`)."""
     stop: StopFlag | None = dataclasses.field(default=None, repr=False, compare=False)
     """What the stop signals set; `should_stop` asks it. None outside the main thread."""
 

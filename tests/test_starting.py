@@ -201,10 +201,10 @@ def test_the_first_cause_outranks_its_consequences():
 
     early, late = failure(0, lost()), failure(1, KeyError("cause"))
     assert early.consequence
-    assert first_cause([early, late], {}, 0) == (1, late)
-    assert first_cause([early], {1: -9}, 0) == (1, None)
-    assert first_cause([early], {}, 0) == (0, early)
-    assert first_cause([late], {0: -6}, 0) == (1, late)
+    assert first_cause([early, late], {}) == (1, late)
+    assert first_cause([early], {1: -9}) == (1, None)
+    assert first_cause([early], {}) == (0, early)
+    assert first_cause([late], {0: -6}) == (1, late)
 
 
 # launch

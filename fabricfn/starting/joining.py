@@ -6,7 +6,6 @@ import dataclasses
 import os
 import socket
 import sys
-import time
 from collections.abc import Generator
 from datetime import timedelta
 from functools import partial
@@ -23,9 +22,11 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import install, uninstall
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
+from fabricfn.starting.letting_go import let_go
 from fabricfn.starting.meeting import open_store, settle
+from fabricfn.starting.parents import mark_joined
 from fabricfn.starting.request import Request, seconds
-from fabricfn.starting.words import give_up
+from fabricfn.starting.words import give_up, tell_uncaught
 from fabricfn.strategies import dp, resolve
 from fabricfn.watching import Watch, check_everything, guard, shared_memory
 from fabricfn.world import World
@@ -35,13 +36,6 @@ Board = tuple[str | None, Store]
 
 _WATCHES: WeakKeyDictionary[dist.ProcessGroup, Watch] = WeakKeyDictionary()
 """The watch of each process group, as torch keeps its own table of groups: a second runtime finds it here."""
-
-LETTING_GO = 0.05
-"""Seconds, without the GIL, for gloo's threads to let go of the last collective's tensors.
-
-They do so after its caller has gone on, and need the GIL. A thread that asks for it while Python ends aborts the
-process (pytorch issue 190489): without this wait, 6 of 10 runs of two ranks whose last line is an all_reduce.
-"""
 
 
 def place(topology: Topology) -> Topology:
@@ -142,9 +136,13 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
         environment=topology.name,
         seed=request.seed or 0,
         owns_group=owns_group,
+        attempt=topology.attempt,
         stop=install(request.stop_signals),
     )
+    mark_joined(topology)
     if owns_group:
+        if topology.name not in ("launch", "script"):
+            tell_uncaught(topology)
         # Four gloo ranks that leave without destroying their group: 5 of 6 runs ended in SIGABRT.
         atexit.register(_shutdown_at_exit, rt, os.getpid())
     return rt
@@ -221,8 +219,7 @@ def shutdown(rt: Runtime) -> None:
         if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.group:
             say_goodbye(sys.exc_info()[1] or getattr(sys, "last_value", None))
             dist.destroy_process_group()
-            # The group itself lives on, since records hold it: its threads are not joined.
-            time.sleep(LETTING_GO)
+            let_go()
 
 
 @contextlib.contextmanager

@@ -18,12 +18,15 @@ from fabricfn.accelerators import Choice
 from fabricfn.environments import find
 from fabricfn.errands import finish_all
 from fabricfn.errors import ConfigurationError, LaunchError
-from fabricfn.failures import ending, exception_of, record
-from fabricfn.starting.agent import Outcome, attend, check_ready, run_workers, threads_each
+from fabricfn.failures import exception_of, record
+from fabricfn.starting.agent import run_workers
 from fabricfn.starting.cargo import Call, pack, read_result, unpack, write_result
 from fabricfn.starting.commanded import with_command_line
 from fabricfn.starting.joining import join, place, say_goodbye, shutdown, until_shutdown
+from fabricfn.starting.outcomes import Outcome, how_it_ended
+from fabricfn.starting.parents import attend
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from, start_method_of
+from fabricfn.starting.surroundings import check_ready, threads_each
 from fabricfn.starting.words import leave_word
 
 
@@ -36,7 +39,8 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
       started: `fn` is called once here, and the list has this rank's result alone.
     * `devices="auto"` means all devices here, in a notebook too.
     * Tensors come back on the CPU, in memory of this process; of any size.
-    * The first failing rank's own exception is raised, with a note that names the rank and has its traceback there.
+    * The first failing rank's own exception is raised, with a note that names the rank; its traceback
+      there is the cause (`__cause__`), which Python prints first.
       The errors by which the other ranks notice (a closed connection) are never taken for it.
     * No worker outlives the call, whatever ended it. (`spawn` and `forkserver` keep the small helper processes of
       Python's multiprocessing until this process ends.)
@@ -84,13 +88,15 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
             started_by="launch",
             start_method=method,
         )
-        if outcome.status or outcome.failed_rank is not None:
+        if outcome.failed:
             _raise_cause(outcome)
         return [read_result(outcome.folder / f"rank-{rank}.result") for rank in outcome.ranks]
     except SignalException as error:
         stopped = error.sigval
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if signal.getsignal(stopped) == signal.SIG_DFL:
+        print(f"fabricfn: launch was stopped by {stopped.name}; no rank is left", file=sys.stderr, flush=True)
     signal.raise_signal(stopped)  # by the handler that was there before: KeyboardInterrupt, or the end of this process
     raise LaunchError(f"launch was stopped by {stopped.name}; its ranks are gone.")
 
@@ -131,12 +137,11 @@ def _threads_of_fork(count: int) -> int | None:
 
 def _raise_cause(outcome: Outcome) -> NoReturn:
     if outcome.failure is not None:
-        raise exception_of(outcome.failure) from None
-    how = ending(outcome.status)
-    if outcome.status == 0:
-        how = "left with status 0 before its function returned"
-    hint = " Was the machine out of memory?" if outcome.status == -signal.SIGKILL else ""
-    raise LaunchError(f"rank {outcome.failed_rank} {how}, without an exception.{hint}")
+        raise exception_of(outcome.failure)
+    if outcome.failed_rank is None:
+        raise LaunchError("a rank of another node failed; that node says why.")
+    text = f"rank {outcome.failed_rank} {how_it_ended(outcome)}"
+    raise LaunchError(f"{text}; it left no exception.") from LaunchError("\n".join(filter(None, (text, outcome.stack))))
 
 
 def _work(cargo: Call | bytes, threads: int | None) -> None:

@@ -11,16 +11,16 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from fabricfn.environments import Topology
-from fabricfn.failures import ending, record
-from fabricfn.starting.agent import Outcome, attend, check_ready, run_workers
+from fabricfn.starting.agent import run_workers
+from fabricfn.starting.parents import attend
 from fabricfn.starting.request import Request
-from fabricfn.starting.words import leave_word
+from fabricfn.starting.surroundings import check_ready
+from fabricfn.starting.words import tell_uncaught
 
 
 def why_no_script() -> str | None:
@@ -74,11 +74,14 @@ def run_again(request: Request, count: int) -> NoReturn:
     try:
         arguments = tuple(command(sys.orig_argv, script))
         outcome = run_workers(
-            sys.executable, arguments, request=request, count=count, folder=folder, started_by="script"
+            sys.executable, arguments, request=request, count=count, folder=folder, started_by="script", aloud=True
         )
-        status = _report(outcome)
-    except SignalException as error:
-        status = 128 + error.sigval
+        # as a shell counts them
+        status = 0 if not outcome.failed else 128 - outcome.status if outcome.status < 0 else outcome.status or 1
+    except (SignalException, KeyboardInterrupt) as error:
+        number = error.sigval if isinstance(error, SignalException) else signal.SIGINT
+        print(f"fabricfn: stopped by {number.name}; no rank is left", file=sys.stderr)
+        status = 128 + number
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     # SystemExit would run the caller's `finally` blocks, in which the runtime does not exist.
@@ -88,28 +91,8 @@ def run_again(request: Request, count: int) -> NoReturn:
     os._exit(status)
 
 
-def _report(outcome: Outcome) -> int:
-    """Say on stderr which rank failed first, and why. Returns the status to exit with, as a shell counts them."""
-    if outcome.failed_rank is None and outcome.status == 0:
-        return 0
-    how = ending(outcome.status)
-    if outcome.failure is not None:
-        how = f"failed first:\n{outcome.failure.text}"
-    elif outcome.status > 0:
-        how += "; what it printed stands above"
-    print(f"fabricfn: rank {outcome.failed_rank} {how}", file=sys.stderr)
-    status = outcome.status or 1
-    return 128 - status if status < 0 else status
-
-
 def attend_script(topology: Topology) -> None:
     """In a rank of a script that runs again: end with the parent, and tell it of an exception that nobody catches."""
     attend(topology)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        leave_word(topology, record(error, topology.rank))
-        before(kind, error, trace)
-
-    sys.excepthook = hook
+    tell_uncaught(topology)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 from fabricfn.interrupts import numbers_of
@@ -26,9 +26,7 @@ def own_signals(names: Sequence[str | int], pids: Callable[[], list[int]]) -> Ge
         return
 
     def hand_on(number: int, frame: Any) -> None:
-        for pid in pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        signal_all(pids(), number)
 
     forwarded = [number for number in numbers_of(names) if number not in ENDS]
     before = {number: signal.getsignal(number) for number in (*ENDS, *forwarded)}
@@ -39,3 +37,17 @@ def own_signals(names: Sequence[str | int], pids: Callable[[], list[int]]) -> Ge
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def signal_all(pids: Iterable[int], number: int = signal.SIGTERM) -> None:
+    """A signal to each of these processes; some may be gone."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def end_sessions(pids: Iterable[int]) -> None:
+    """Kill what the workers have started: each of them leads a session of its own."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)

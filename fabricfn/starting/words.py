@@ -6,7 +6,10 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fabricfn.environments import Topology
 from fabricfn.errors import FabricfnError
@@ -22,6 +25,37 @@ def leave_word(topology: Topology, failure: Failure) -> None:
         draft.rename(path)
 
 
+def tell_uncaught(topology: Topology) -> None:
+    """In a rank: an exception that nobody catches is told by the parent that started it, which knows who was the first.
+
+    Under another launcher this rank tells it: whose it is in the first line, the traceback only where it is its own.
+    A hook of the user's that was there before is called, too.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        failure = record(error, topology.rank)
+        parent_tells = topology.name == "script" and told(topology, failure)
+        if not parent_tells:
+            own = "" if failure.consequence else f"\n{failure.text}"
+            print(f"fabricfn: rank {topology.rank} {failure.summary}{own}", file=sys.stderr, flush=True)
+        if topology.name == "torchrun" and not failure.consequence and isinstance(error, Exception):
+            get_error_handler().record_exception(error)  # for the summary of torchrun
+        if before is not sys.__excepthook__:
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def told(topology: Topology, failure: Failure) -> bool:
+    """Whether the parent could be told."""
+    try:
+        leave_word(topology, failure)
+    except OSError:  # it is gone, and its folder with it; or the disk is full
+        return False
+    return True
+
+
 def give_up(topology: Topology, error: FabricfnError) -> NoReturn:
     """End this rank, whose main thread waits in vain inside a library, with the reason."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
@@ -30,7 +64,7 @@ def give_up(topology: Topology, error: FabricfnError) -> NoReturn:
     failure = record(error, topology.rank)
     if topology.folder is not None:
         leave_word(topology, failure)
-    if topology.name != "launch":  # whose parent raises it
+    if topology.name not in ("launch", "script"):  # whose parent tells it
         print(failure.text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

@@ -1,0 +1,69 @@
+"""A worker ends with the process that started it, whatever ended that one."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # pyright: ignore
+
+from fabricfn.environments import Topology
+
+PARENT_DIED = signal.SIGKILL
+"""What the kernel sends to a worker whose parent was killed (Linux)."""
+
+# The kernel forgets the wish at fork, but not at exec; a parent that is gone already sends nothing any more.
+_BIND = (
+    "import ctypes, os, sys; "
+    f"ctypes.CDLL(None).prctl(1, {int(PARENT_DIED)}); "
+    "os.getppid() == int(sys.argv[1]) or os._exit(1); "
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+_CRASH_FILES: list[IO[str]] = []
+"""faulthandler keeps the number of a file alone, so somebody must keep it open."""
+
+
+def bound(command: Sequence[str]) -> tuple[str, ...]:
+    """The command, run so that it ends with this process from its first instruction on, before it imports anything.
+
+    Without it a program whose parent is killed meanwhile would live until it has imported torch.
+    """
+    if sys.platform != "linux":
+        return tuple(command)
+    return (sys.executable, "-I", "-S", "-c", _BIND, str(os.getpid()), *command)
+
+
+def attend(topology: Topology) -> None:
+    """In a worker: end with the parent, and leave the stack behind where a crash ends this process."""
+    _prctl_pr_set_pdeathsig(PARENT_DIED)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
+    if topology.folder is None:
+        return
+    os.makedirs(topology.folder, exist_ok=True)
+    if topology.name == "launch" or not faulthandler.is_enabled():
+        file = crash_file(Path(topology.folder), topology.rank).open("w")
+        _CRASH_FILES.append(file)
+        faulthandler.enable(file)
+
+
+def crash_file(folder: Path, rank: int) -> Path:
+    """Where the stack of a rank that crashed stands."""
+    return folder / f"rank-{rank}.crash"
+
+
+def joined_file(folder: Path, rank: int) -> Path:
+    """What says that a rank has met the others."""
+    return folder / f"rank-{rank}.joined"
+
+
+def mark_joined(topology: Topology) -> None:
+    """In a worker: say that this rank has met the others."""
+    if topology.folder is not None:
+        joined_file(Path(topology.folder), topology.rank).touch()

@@ -1,0 +1,60 @@
+"""What surrounds the workers of this node: environment variables, threads, log lines."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Generator, Mapping
+
+import torch
+
+from fabricfn.errors import ConfigurationError
+
+
+def threads_each(count: int) -> int:
+    """The CPU threads of each of `count` processes that share this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // count)
+
+
+def check_ready(what: str) -> None:
+    """Raise `ConfigurationError` when this process cannot be the parent of the ranks."""
+    if torch.cuda.is_initialized():
+        raise ConfigurationError(
+            f"{what} would start the ranks, but this process has initialised CUDA already, whose memory and context"
+            " the ranks cannot share. Call it before anything touches a GPU."
+        )
+
+
+@contextlib.contextmanager
+def environment(settings: Mapping[str, str]) -> Generator[None]:
+    """These environment variables inside the block; outside it, everything as it was."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Without the agent's log lines, which tell of every process that it ends; `LOGLEVEL` brings them back."""
+    rooms = ("torch.distributed.elastic", "torch.multiprocessing")
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(rooms)]
+    loggers = [] if "LOGLEVEL" in os.environ else [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # A forked worker of a notebook or a test has a sys.stderr without a file; only torch's faulthandler minds.
+            warnings.filterwarnings("ignore", message="Unable to enable fault handler")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
