@@ -23,8 +23,8 @@ UNSEEN = 0.05
 def let_go() -> None:
     """Wait until no thread of gloo has anything to do.
 
-    A thread that waits for the GIL wakes up when this one sleeps; so one that slept all through such an interval, without
-    being switched to, waits for work.
+    A thread that waits for the GIL wakes up when this one sleeps; so one that slept all through such an interval,
+    without being switched to, waits for work.
     """
     if not TASKS.exists():
         time.sleep(UNSEEN)
