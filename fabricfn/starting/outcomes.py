@@ -25,7 +25,7 @@ class Outcome:
     status: int = 0
     """Its exit status (negative: a signal); 0 when all succeeded."""
     stack: str = ""
-    """Where it was when it crashed, if it could still say so."""
+    """Where it was when it crashed, if it could still say so; what another one says of it when it left."""
 
     @property
     def failed(self) -> bool:
@@ -56,6 +56,8 @@ def outcome_of(folder: Path, ranks: Sequence[int], ended: Mapping[int, int]) -> 
     status = ended.get(-1 if rank is None else rank, 1)
     crash = crash_file(folder, -1 if rank is None else rank)
     stack = crash.read_text(errors="replace").rstrip() if status < 0 and crash.exists() else ""
+    if rank is not None and failure is None and status == 0:  # what the others say of a rank that has left
+        stack = "\n".join(one.text for one in sorted(failures, key=lambda one: one.time)[:1])
     return Outcome(
         ranks=tuple(sorted(ranks)), folder=folder, failed_rank=rank, failure=failure, status=status, stack=stack
     )

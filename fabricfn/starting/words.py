@@ -12,7 +12,7 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fabricfn.environments import Topology
-from fabricfn.errors import FabricfnError
+from fabricfn.errors import FabricfnError, LeftError
 from fabricfn.failures import Failure, record
 
 
@@ -37,7 +37,7 @@ def tell_uncaught(topology: Topology) -> None:
         failure = record(error, topology.rank)
         parent_tells = topology.name == "script" and told(topology, failure)
         if not parent_tells:
-            own = "" if failure.consequence else f"\n{failure.text}"
+            own = "" if failure.consequence and not isinstance(error, LeftError) else f"\n{failure.text}"
             print(f"fabricfn: rank {topology.rank} {failure.summary}{own}", file=sys.stderr, flush=True)
         if topology.name == "torchrun" and not failure.consequence and isinstance(error, Exception):
             get_error_handler().record_exception(error)  # for the summary of torchrun

@@ -129,9 +129,9 @@ def break_one(way: str, when: str, how: str, rank: int, restarts: int = 0) -> En
         finally:
             left = [pid for pid in pids if alive(pid)]
             killed([*left, process.pid])
-            out = process.stdout.read() if process.stdout else ""
-            process.wait()
             reader.join()
+            with process:
+                out = process.stdout.read() if process.stdout else ""
     says = re.compile(SAYS[how].format(rank=rank))
     told = min((at - died for at, line in lines if says.search(line)), default=float("inf"))
     return Ending(
