@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.reliability import audit, corruption, crashes, hostility, kills, machine, report
+from tests.reliability import audit, corruption, crashes, endings, hostility, kills, machine, report
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs/reliability.json"
@@ -57,6 +57,16 @@ def r4(full: bool) -> Rows:
     }
 
 
+def r8(full: bool) -> Rows:
+    """A rank breaks."""
+    return endings.breakages(20 if full else 2)
+
+
+def r10(full: bool) -> Rows:
+    """The parent of the ranks is killed."""
+    return endings.orphans(10 if full else 2)
+
+
 def r13(full: bool) -> Rows:
     """The audit hook."""
     return {"load and verify": audit.audit(1), "load and verify, two ranks": audit.audit(2)}
@@ -69,7 +79,16 @@ def r16(full: bool) -> Rows:
     return {"save, load, kill, damage, retain, reshard": {"histories": examples, "steps": steps, "violations": 0}}
 
 
-FIGURES_OF: dict[str, Callable[[bool], Rows]] = {"R1": r1, "R2": r2, "R3": r3, "R4": r4, "R13": r13, "R16": r16}
+FIGURES_OF: dict[str, Callable[[bool], Rows]] = {
+    "R1": r1,
+    "R2": r2,
+    "R3": r3,
+    "R4": r4,
+    "R8": r8,
+    "R10": r10,
+    "R13": r13,
+    "R16": r16,
+}
 
 
 def main() -> None:

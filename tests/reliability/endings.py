@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 PROGRAM = Path(__file__).parents[1] / "programs" / "breaks.py"
@@ -142,3 +143,52 @@ def break_one(way: str, when: str, how: str, rank: int, restarts: int = 0) -> En
         out=out,
         err="".join(line for _, line in lines),
     )
+
+
+WAYS = ("script", "run", "fork", "spawn", "forkserver")
+
+
+def breakages(times: int, kinds: tuple[str, ...] = tuple(SAYS)) -> dict[str, dict[str, int]]:
+    """R8: for each kind of end and each rank, so many trials over all ways to start. Times in milliseconds."""
+    rows: dict[str, dict[str, int]] = {}
+    for how in kinds:
+        for rank in (0, 1):
+            ends = [break_one(WAYS[trial % len(WAYS)], "training", how, rank) for trial in range(times)]
+            says = re.compile(SAYS[how].format(rank=rank))
+            rows[f"{how}, rank {rank}"] = {
+                "trials": times,
+                "left": sum(end.left for end in ends),
+                "status 0": sum(end.status == 0 for end in ends),
+                "slow": sum(max(end.gone, end.told) > LIMIT for end in ends),
+                "unnamed": sum(not says.search(end.first) for end in ends),
+                "last gone, ms": milliseconds(end.gone for end in ends),
+                "cause read, ms": milliseconds(end.told for end in ends),
+            }
+    return rows
+
+
+def milliseconds(seconds: Iterable[float]) -> int:
+    """The worst of them; -1 where one never came."""
+    worst = max(seconds)
+    return -1 if worst == float("inf") else round(1000 * worst)
+
+
+def orphans(times: int) -> dict[str, dict[str, int]]:
+    """R10: the parent is killed (-9); ranks that are there after 2 seconds, and when the last one was gone."""
+    rows: dict[str, dict[str, int]] = {}
+    for way in WAYS:
+        spans: list[float] = []
+        for _ in range(times):
+            with tempfile.TemporaryDirectory(prefix="endings-") as name:
+                folder = Path(name)
+                with started(way, "training", "raise", 7, folder) as process:
+                    assert wait_until(lambda folder=folder: len(pids_in(folder)) == 4, 60)
+                    ranks = pids_in(folder)[::2]
+                    process.kill()
+                    began = time.monotonic()
+                    gone = wait_until(lambda ranks=ranks: not any(map(alive, ranks)), 10)
+                    spans.append(time.monotonic() - began if gone else float("inf"))
+                    killed(pids_in(folder))
+        late = sum(span > 2 for span in spans)
+        rows[way] = {"kills": times, "orphans": late, "last gone, ms": milliseconds(spans)}
+    return rows
