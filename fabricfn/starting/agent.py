@@ -45,6 +45,8 @@ class _Agent(LocalElasticAgent):
     """How several nodes agree on restarts, where there can be any."""
     outcome: Outcome | None = None
     """How the last attempt failed."""
+    seen: Mapping[int, int] | None = None
+    """Who had ended, with which status, before any of the last attempt was told to."""
     patience: float = 0.0
     """When to stop waiting for the rank behind a lost connection, on the monotonic clock."""
 
@@ -61,9 +63,10 @@ class _Agent(LocalElasticAgent):
         close: Callable[..., None] = context.close
 
         def soon(death_sig: signal.Signals | None = None, timeout: float = STOPPING) -> None:  # torch: half a minute
+            self.seen = _ended(context) if self.seen is None else self.seen
             close(death_sig, timeout)
 
-        context.close = soon
+        context.close, self.seen = soon, None
         return started  # pyright: ignore[reportUnknownVariableType]
 
     def _exit_barrier(self) -> None:
@@ -80,15 +83,16 @@ class _Agent(LocalElasticAgent):
         super()._shutdown(death_sig, self.grace if told else GRACE)  # pyright: ignore
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if self._has_failed():
-            return RunResult(state=WorkerState.FAILED)
+        failed = self._has_failed()
+        if failed is not False:
+            return RunResult(state=WorkerState.FAILED if failed else WorkerState.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore
         if result.state is WorkerState.FAILED:  # since we looked
-            self._settle(_ended(self._pcontext))
+            self._settle(self.seen or {})
         return result  # pyright: ignore[reportUnknownVariableType]
 
-    def _has_failed(self) -> bool:
-        """Whether a rank failed. Then the first one is known, and no worker is left."""
+    def _has_failed(self) -> bool | None:
+        """Whether a rank failed: then the first one is known, and no worker is left. None: it is too early to say."""
         ended, failures = _ended(self._pcontext), failures_in(self.attempt())
         lost = {failure.rank for failure in failures if failure.consequence}
         ranks = self.ranks()
@@ -98,7 +102,8 @@ class _Agent(LocalElasticAgent):
             return self._settle(ended)
         if not lost and not early:  # the rank that broke the connection is still on its way out
             self.patience = time.monotonic() + PATIENCE
-        return time.monotonic() > self.patience and self._settle(ended)
+            return False
+        return self._settle(ended) if time.monotonic() > self.patience else None
 
     def _too_early(self, rank: int) -> bool:
         """Whether a rank that ended with status 0 should have gone on."""

@@ -80,14 +80,8 @@ def r16(full: bool) -> Rows:
 
 
 FIGURES_OF: dict[str, Callable[[bool], Rows]] = {
-    "R1": r1,
-    "R2": r2,
-    "R3": r3,
-    "R4": r4,
-    "R8": r8,
-    "R10": r10,
-    "R13": r13,
-    "R16": r16,
+    **{"R1": r1, "R2": r2, "R3": r3, "R4": r4},
+    **{"R8": r8, "R10": r10, "R13": r13, "R16": r16},
 }
 
 
