@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # pyright: ignore
 
@@ -44,6 +45,8 @@ def attend(topology: Topology) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
+    if parent is not None and parent.pid != os.getppid():  # a fork server, which lives as long as its children
+        threading.Thread(target=_follow, args=(parent,), name="fabricfn parent", daemon=True).start()
     if topology.folder is None:
         return
     os.makedirs(topology.folder, exist_ok=True)
@@ -51,6 +54,12 @@ def attend(topology: Topology) -> None:
         file = crash_file(Path(topology.folder), topology.rank).open("w")
         _CRASH_FILES.append(file)
         faulthandler.enable(file)
+
+
+def _follow(parent: Any) -> None:
+    """End this process when its parent ends."""
+    parent.join()
+    os.kill(os.getpid(), PARENT_DIED)
 
 
 def crash_file(folder: Path, rank: int) -> Path:

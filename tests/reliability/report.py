@@ -56,8 +56,8 @@ manifest, which is refused beyond 64 MiB: JSON made for it takes 0.3 s and up to
 Two ranks in the middle of training, one of which raises, leaves, crashes, is killed or runs out of memory; the ways to
 start (script, `fabricfn run`, `launch` with fork, spawn, forkserver) take turns. "left" counts processes of the ranks,
 and what these had started, that were still there; "unnamed" first lines on stderr that do not say which rank failed and
-how; "slow" trials of more than 5 s. The milliseconds are the worst from the death to the end of the last process, and to
-the line that names the cause.
+how; "slow" trials of more than 5 s. The milliseconds are the worst from the death to the end of the last process, and
+to the line that names the cause.
 """,
     "R10": """## The process that started the ranks is killed
 
