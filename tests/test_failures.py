@@ -7,11 +7,24 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.reliability.endings import LIMIT, SAYS, Ending, alive, break_one, killed, pids_in, started, wait_until
+from tests.reliability.endings import (
+    LIMIT,
+    LOOPBACK,
+    PROGRAMS,
+    SAYS,
+    Ending,
+    aborted,
+    alive,
+    break_one,
+    killed_at_last,
+    listening,
+    pids_in,
+    running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -60,13 +73,6 @@ def test_a_restart_follows_and_says_which_it_is(way, when):
     ]
 
 
-def running(way, folder):
-    """The job in the middle of its training, and the pids of its ranks alone."""
-    process = started(way, "training", "raise", 7, folder)
-    assert wait_until(lambda: len(pids_in(folder)) == 4, 60)
-    return process, pids_in(folder)[::2]
-
-
 @pytest.mark.parametrize(
     ("way", "number", "group"),
     [
@@ -77,15 +83,12 @@ def running(way, folder):
     ],
 )
 def test_a_job_that_is_stopped_says_so_once(way, number, group, tmp_path):
-    process, pids = running(way, tmp_path)
-    try:
+    with running(way, tmp_path) as (process, pids):
         began = time.monotonic()
         (os.killpg if group else os.kill)(process.pid, number)
         _, err = process.communicate(timeout=40)
         assert wait_until(lambda: not any(map(alive, pids)), LIMIT)
         assert time.monotonic() - began < LIMIT
-    finally:
-        killed([*pids, process.pid])
     if way == "script":
         assert err == f"fabricfn: stopped by {number.name}; no rank is left\n"
         assert process.returncode == 128 + number
@@ -97,24 +100,6 @@ def test_a_job_that_is_stopped_says_so_once(way, number, group, tmp_path):
         assert err.rstrip().endswith("KeyboardInterrupt")
 
 
-def listening(pid):
-    """The addresses on which a process listens."""
-    found = set()
-    for name in ("tcp", "tcp6"):
-        rows = [line.split() for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]]
-        links = []
-        for file in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                links.append(os.readlink(file))
-            except FileNotFoundError:
-                continue
-        found |= {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links}
-    return found
-
-
-LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
-
-
 def test_it_is_seen_when_somebody_listens_everywhere():
     with socket.create_server(("", 0)):
         assert not listening("self") <= LOOPBACK
@@ -122,49 +107,59 @@ def test_it_is_seen_when_somebody_listens_everywhere():
 
 @pytest.mark.parametrize("way", ["run", "fork", "spawn", "forkserver"])
 def test_nothing_listens_beyond_the_loopback_interface_and_no_rank_outlives_a_killed_parent(way, tmp_path):
-    process, pids = running(way, tmp_path)
-    try:
+    with running(way, tmp_path) as (process, pids):
         assert listening(process.pid) <= LOOPBACK
         for pid in pids:
             assert listening(pid)
             assert listening(pid) <= LOOPBACK
         process.kill()
-        process.communicate()
         assert wait_until(lambda: not any(map(alive, pids)), 2.0)
-    finally:
-        killed(pids_in(tmp_path))
 
 
-def test_a_rank_whose_parent_is_killed_while_it_imports_ends_too(tmp_path):
+SLOW = """
+import os, time
+import fabricfn as ff
+{guard}    ff.{call}
+else:
+    name = os.environ["RANK"] if "RANK" in os.environ else os.getpid()
+    Path({folder!r}, f"pids-0-{{name}}").write_text(str(os.getpid()))
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("guard", "call"),
+    [
+        ("if 'RANK' not in os.environ:\n", "init_runtime(devices=2, accelerator='cpu')"),
+        ("if __name__ == '__main__':\n", "launch(print, devices=2, accelerator='cpu', start_method='spawn')"),
+    ],
+)
+def test_a_rank_whose_parent_is_killed_while_it_imports_ends_too(guard, call, tmp_path):
     """Long before init_runtime could say that it wants to."""
-    (tmp_path / "slow.py").write_text(
-        "import os, sys, time\nfrom pathlib import Path\n"
-        "if 'RANK' in os.environ:\n"
-        f"    Path({str(tmp_path)!r}, 'pids-0-' + os.environ['RANK']).write_text(str(os.getpid()))\n"
-        "    time.sleep(1000)\n"
-        "import fabricfn as ff\nff.init_runtime(devices=2, accelerator='cpu')\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, str(tmp_path / "slow.py")], env={**os.environ, "TMPDIR": str(tmp_path)}
-    ) as job:
+    (tmp_path / "slow.py").write_text(SLOW.format(guard=guard, call=call, folder=str(tmp_path)))
+    words = [sys.executable, str(tmp_path / "slow.py")]
+    job = subprocess.Popen(words, env={**os.environ, "TMPDIR": str(tmp_path)}, text=True)
+    with killed_at_last(job, tmp_path):
         assert wait_until(lambda: len(pids_in(tmp_path)) == 2, 60)
         job.kill()
-    try:
         assert wait_until(lambda: not any(map(alive, pids_in(tmp_path))), 2.0)
-    finally:
-        killed(pids_in(tmp_path))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_no_rank_aborts_when_python_ends_right_after_a_collective(ranks):
+    """gloo's threads still hold its tensors then, and Python's own threads may be anywhere."""
+    assert aborted(ranks, 5) == 0
 
 
 def test_torchrun_is_told_the_cause_too(tmp_path):
-    program = str(Path(__file__).parent / "programs" / "breaks.py")
     by = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-backend=c10d")
-    words = [sys.executable, *by, program, "script", "training", "raise", "1", str(tmp_path)]
-    done = subprocess.run(
-        words, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=False
-    )
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("fabricfn: ")]
+    words = [sys.executable, *by, str(PROGRAMS / "breaks.py"), "script", "training", "raise", "1", str(tmp_path)]
+    with (tmp_path / "err").open("w+") as file:
+        job = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stderr=file)
+        with killed_at_last(job, tmp_path):
+            assert job.wait(60) == 1
+        err = (tmp_path / "err").read_text()
+    lines = [line for line in err.splitlines() if line.startswith("fabricfn: ")]
     assert lines[0] == "fabricfn: rank 1 raised ValueError: the data are gone"
-    assert "rank      : 1" in done.stderr
-    assert done.stderr.rindex("ValueError: the data are gone") > done.stderr.index("Root Cause")
-    killed(pids_in(tmp_path))
+    assert "rank      : 1" in err
+    assert err.rindex("ValueError: the data are gone") > err.index("Root Cause")

@@ -19,7 +19,7 @@ from fabricfn.environments.workers import FOLDER, STARTED_BY
 from fabricfn.starting.meeting import DEFAULT_PORT
 from fabricfn.starting.nodes import Nodes, rendezvous_of
 from fabricfn.starting.outcomes import Outcome, failures_in, outcome_of, story
-from fabricfn.starting.parents import bound, joined_file
+from fabricfn.starting.parents import bound, bound_spawn, joined_file
 from fabricfn.starting.request import Request
 from fabricfn.starting.signalling import end_sessions, own_signals, signal_all
 from fabricfn.starting.surroundings import environment, quiet, threads_each
@@ -27,7 +27,7 @@ from fabricfn.starting.surroundings import environment, quiet, threads_each
 GRACE = 5
 """Seconds that workers have to end after a signal, before they are killed."""
 STOPPING = 1.0
-"""Seconds that they have once a rank has failed: none of them can finish anything that needs it."""
+"""Seconds that they have once a rank has failed: for a save in flight that does not need it."""
 PATIENCE = 2.5
 """Seconds to wait, after a rank lost the connection to another one, for that one to end and say why."""
 
@@ -58,7 +58,8 @@ class _Agent(LocalElasticAgent):
             self._remaining_restarts = worker_group.spec.max_restarts - self.nodes.attempt
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        started: dict[int, Any] = super()._start_workers(worker_group)  # pyright: ignore
+        with bound_spawn():
+            started: dict[int, Any] = super()._start_workers(worker_group)  # pyright: ignore
         context: Any = self._pcontext
         close: Callable[..., None] = context.close
 
@@ -100,10 +101,12 @@ class _Agent(LocalElasticAgent):
         early = {ranks[local] for local, status in ended.items() if not status and self._too_early(ranks[local])}
         if bad or len(failures) > len(lost) or (early and isinstance(self._pcontext, MultiprocessContext)):
             return self._settle(ended)
-        if not lost and not early:  # the rank that broke the connection is still on its way out
+        if not lost and not early:
             self.patience = time.monotonic() + PATIENCE
             return False
-        return self._settle(ended) if time.monotonic() > self.patience else None
+        # The rank that broke the connection may be on its way out still, if there is one that could be.
+        others = set(ranks.values()) - lost - {ranks[local] for local in ended}
+        return None if others and time.monotonic() < self.patience else self._settle(ended)
 
     def _too_early(self, rank: int) -> bool:
         """Whether a rank that ended with status 0 should have gone on."""
@@ -126,7 +129,7 @@ class _Agent(LocalElasticAgent):
         while first is not None and first not in _ended(self._pcontext) and time.monotonic() < deadline:
             time.sleep(0.005)
         if self._pcontext is not None:
-            self._pcontext.close()
+            self._pcontext.close(timeout=max(0.1, deadline - time.monotonic()))
         end_sessions(pids.values())
         return True
 

@@ -1,12 +1,14 @@
 """A worker ends with the process that started it, whatever ended that one."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from multiprocessing import spawn
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,9 +36,20 @@ def bound(command: Sequence[str]) -> tuple[str, ...]:
 
     Without it a program whose parent is killed meanwhile would live until it has imported torch.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or getattr(sys, "frozen", False):
         return tuple(command)
     return (sys.executable, "-I", "-S", "-c", _BIND, str(os.getpid()), *command)
+
+
+@contextlib.contextmanager
+def bound_spawn() -> Generator[None]:
+    """What multiprocessing spawns inside the block is `bound`, too: it has no option for that."""
+    plain = spawn.get_command_line
+    spawn.get_command_line = lambda **options: list(bound(plain(**options)))
+    try:
+        yield
+    finally:
+        spawn.get_command_line = plain
 
 
 def attend(topology: Topology) -> None:

@@ -29,26 +29,32 @@ def guard(watch: Watch, finish: Callable[[FabricfnError], None], *, host_waits: 
         finish: ends this process, saying why.
         host_waits: whether a call returns when it is done (CPU), and not when it is started.
     """
-    thread = threading.Thread(target=_look, args=(weakref.ref(watch), finish, host_waits), daemon=True)
-    thread.name = "fabricfn guard"
-    thread.start()
+    of = weakref.ref(watch)
+    watch.guard = threading.Thread(target=_look, args=(of, watch.left, finish, host_waits), daemon=True)
+    watch.guard.name = "fabricfn guard"
+    watch.guard.start()
 
 
-def _look(of: "weakref.ref[Watch]", finish: Callable[[FabricfnError], None], host_waits: bool) -> None:
-    while True:
-        time.sleep(TICK)
-        watch = of()
-        if watch is None or (mine := watch.mine()).state >= LEFT:
-            return
-        now = time.monotonic_ns()
-        if (mine.state != IN_CALL and host_waits) or now - mine.since < PATIENCE * 1e9:
-            continue
-        behind = [place for place in watch.places() if place.calls < mine.calls]
-        since = max([mine.since, *(place.since for place in behind)])
-        error: FabricfnError | None = None
-        if any(place.ended for place in behind) and now - since > PATIENCE * 1e9:
-            error = cause(watch)
-        elif behind and now - since > (watch.limit + PATIENCE) * 1e9:
-            error = hang(watch)
-        if error is not None and watch.mine().since == mine.since:
+def _look(
+    of: "weakref.ref[Watch]", left: threading.Event, finish: Callable[[FabricfnError], None], host_waits: bool
+) -> None:
+    while not left.wait(TICK) and (watch := of()) is not None:
+        error = _in_vain(watch, host_waits)
+        if error is not None:
             finish(error)
+        del watch  # nobody else may hold it
+
+
+def _in_vain(watch: Watch, host_waits: bool) -> FabricfnError | None:
+    """Why the wait of this rank has no end, where that is sure."""
+    mine, now = watch.mine(), time.monotonic_ns()
+    if mine.state >= LEFT or (mine.state != IN_CALL and host_waits) or now - mine.since < PATIENCE * 1e9:
+        return None
+    behind = [place for place in watch.places() if place.calls < mine.calls]
+    since = max([mine.since, *(place.since for place in behind)])
+    error: FabricfnError | None = None
+    if any(place.ended for place in behind) and now - since > PATIENCE * 1e9:
+        error = cause(watch)
+    elif behind and now - since > (watch.limit + PATIENCE) * 1e9:
+        error = hang(watch)
+    return error if watch.mine().since == mine.since else None

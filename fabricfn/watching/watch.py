@@ -43,6 +43,8 @@ from fabricfn.world import World
 SKIPPED = ("fabricfn", "torch", "contextlib", "functools")
 """The packages whose lines are not the user's."""
 MOST_SITES = 4096
+ENDING = 1.0
+"""Seconds at most until the guard has ended; it may be asking another rank where that one stands."""
 
 Key = tuple[int, int, str, int]
 """Which call this is: code, line, name, subject."""
@@ -52,8 +54,8 @@ class Watch:
     """What this rank tells the others of its node, and knows of them. One for each process group."""
 
     __slots__ = (
-        *("__weakref__", "base", "board", "busy", "calls", "debug", "fence", "group", "head", "limit", "others"),
-        *("pid", "rank", "sites", "stack_file", "thread", "words", "world_size"),
+        *("__weakref__", "base", "board", "busy", "calls", "debug", "fence", "group", "guard", "head", "left"),
+        *("limit", "others", "pid", "rank", "sites", "stack_file", "thread", "words", "world_size"),
     )
 
     def __init__(self, world: World, memory: Any, limit: float, *, debug: bool = False) -> None:
@@ -76,6 +78,8 @@ class Watch:
         self.calls, self.busy, self.fence = 0, False, threading.Lock()
         self.thread, self.pid = threading.get_ident(), os.getpid()
         self.sites: dict[Key, tuple[Any, int, bytes]] = {}
+        self.left = threading.Event()
+        self.guard: threading.Thread | None = None
         self.stack_file = listen() if threading.current_thread() is threading.main_thread() else -1
         for field, value in ((RANK, self.rank), (STACK_FILE, self.stack_file), (SINCE, time.monotonic_ns())):
             self.words[self.head + field] = value
@@ -136,6 +140,9 @@ class Watch:
         self.words[self.head + SINCE] = time.monotonic_ns()
         self.words[self.head + STATE] = state
         deaf(self.stack_file)
+        self.left.set()
+        if self.guard is not None:
+            self.guard.join(ENDING)  # a thread may be anywhere when Python ends, in the C++ of torch too
 
     def mine(self) -> Place:
         """Where this rank is."""

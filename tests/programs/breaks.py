@@ -70,7 +70,7 @@ def work(rt, when, how, who, folder, restarts=0):
         if step == 5 and breaks and when == "saving":
             end_within(how, folder)
         if when == "saving":
-            ff.save(rt, folder / "checkpoint", {"x": torch.ones(1000)})
+            ff.save(rt, folder / "checkpoint", {"x": torch.ones(1000), "y": torch.ones(1000)})  # one file for each rank
         elif when == "alone" and step == 1:  # nobody waits for the other one in a collective
             note(folder, rt.rank)
             if breaks:

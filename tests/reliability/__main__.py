@@ -59,12 +59,20 @@ def r4(full: bool) -> Rows:
 
 def r8(full: bool) -> Rows:
     """A rank breaks."""
-    return endings.breakages(20 if full else 2)
+    return endings.breakages(20 if full else 2) | {
+        f"leaving, {ranks} ranks": {"jobs": times, "aborted": endings.aborted(ranks, times)}
+        for ranks, times in ((2, 100 if full else 5), (4, 100 if full else 5))
+    }
 
 
 def r10(full: bool) -> Rows:
     """The parent of the ranks is killed."""
     return endings.orphans(10 if full else 2)
+
+
+def r14(full: bool) -> Rows:
+    """Who listens."""
+    return endings.listeners()
 
 
 def r13(full: bool) -> Rows:
@@ -81,7 +89,7 @@ def r16(full: bool) -> Rows:
 
 FIGURES_OF: dict[str, Callable[[bool], Rows]] = {
     **{"R1": r1, "R2": r2, "R3": r3, "R4": r4},
-    **{"R8": r8, "R10": r10, "R13": r13, "R16": r16},
+    **{"R8": r8, "R10": r10, "R13": r13, "R14": r14, "R16": r16},
 }
 
 

@@ -1,4 +1,4 @@
-"""R8 and R10: a rank breaks, or the process that started the ranks is killed; who is left, and what the user reads."""
+"""R8, R10, R14: a rank breaks, or the process that started it is killed; who is left, and what the user reads."""
 
 import contextlib
 import dataclasses
@@ -10,12 +10,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "breaks.py"
+PROGRAMS = Path(__file__).parents[1] / "programs"
 LIMIT = 5.0
 """Seconds from the death of a rank to the end of the last process, and to the cause on the screen."""
+WAYS = ("script", "run", "fork", "spawn", "forkserver")
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+"""127.0.0.1, ::1 and ::ffff:127.0.0.1, as the kernel writes them."""
 
 SAYS = {
     "raise": r"rank {rank} .*raised ValueError: the data are gone",
@@ -34,8 +37,8 @@ SAYS = {
 class Ending:
     """How a job ended."""
 
-    status: int
-    """The exit status of the process that started the ranks."""
+    status: int | None
+    """The exit status of the process that started the ranks; None when it had not ended after the time limit."""
     gone: float
     """Seconds from the death to the end of the last process; `inf` when one lived on."""
     told: float
@@ -59,14 +62,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def command(way: str, *words: str) -> list[str]:
-    """The program, started directly or by `fabricfn run`."""
-    if way == "run":
-        return [sys.executable, "-m", "fabricfn", "run", "--devices", "2", str(PROGRAM), "script", *words]
-    return [sys.executable, str(PROGRAM), way, *words]
-
-
-def wait_until(condition, seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     """Whether the condition came true in time."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -74,12 +70,30 @@ def wait_until(condition, seconds: float) -> bool:
     return condition()
 
 
+def pids_in(folder: Path, attempt: int = 0) -> list[int]:
+    """The ranks and what they started, in turn."""
+    return [int(word) for file in folder.glob(f"pids-{attempt}-*") for word in file.read_text().split()]
+
+
+@contextlib.contextmanager
+def killed_at_last(process: subprocess.Popen[str], folder: Path) -> Generator[None]:
+    """Nothing of the job outlives the block: what its processes hold, such as the pipe of stderr, is free then."""
+    try:
+        yield
+    finally:
+        for pid in [process.pid, *pids_in(folder), *pids_in(folder, 1)]:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
 def started(way: str, when: str, how: str, rank: int, folder: Path, restarts: int = 0) -> subprocess.Popen[str]:
-    """The job."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    """The job, started directly or by `fabricfn run`."""
+    run = ("-m", "fabricfn", "run", "--devices", "2") if way == "run" else ()
+    words = ("script" if way == "run" else way, when, how, str(rank), str(folder), str(restarts))
     return subprocess.Popen(
-        command(way, when, how, str(rank), str(folder), str(restarts)),
-        env=environ,
+        [sys.executable, *run, str(PROGRAMS / "breaks.py"), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -87,65 +101,56 @@ def started(way: str, when: str, how: str, rank: int, folder: Path, restarts: in
     )
 
 
-def pids_in(folder: Path, attempt: int = 0) -> list[int]:
-    """The ranks and what they started."""
-    return [int(word) for file in folder.glob(f"pids-{attempt}-*") for word in file.read_text().split()]
-
-
-def killed(pids: list[int]) -> None:
-    """What a failed trial left behind is ended."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+@contextlib.contextmanager
+def running(way: str, folder: Path) -> Generator[tuple[subprocess.Popen[str], list[int]]]:
+    """Two ranks in the middle of their training, and their pids."""
+    process = started(way, "training", "raise", 7, folder)
+    with process, killed_at_last(process, folder):
+        assert wait_until(lambda: len(pids_in(folder)) == 4, 60)
+        yield process, pids_in(folder)[::2]
 
 
 def break_one(way: str, when: str, how: str, rank: int, restarts: int = 0) -> Ending:
     """Start two ranks, of which one breaks; and wait for the end.
 
     Args:
-        way: script, run, fork, spawn or forkserver.
+        way: one of `WAYS`.
         when: starting (before it joins; scripts alone), joining, training, saving or alone.
         how: a key of `SAYS`.
         rank: which.
         restarts: how often all start again.
     """
+    lines: list[tuple[float, str]] = []
     with tempfile.TemporaryDirectory(prefix="endings-") as name:
         folder = Path(name)
         process = started(way, when, how, rank, folder, restarts)
-        lines: list[tuple[float, str]] = []
+        assert process.stdout is not None
         assert process.stderr is not None
-        reader = threading.Thread(target=lambda: lines.extend((time.time(), line) for line in process.stderr))
+        err = process.stderr
+        reader = threading.Thread(target=lambda: lines.extend((time.time(), line) for line in err))
         reader.start()
-        out, pids = "", []
-        try:
+        with killed_at_last(process, folder):
             assert wait_until(lambda: (folder / "died").exists() or process.poll() is not None, 60)
             died = float((folder / "died").read_text()) if (folder / "died").exists() else time.time()
-            pids = [process.pid, *pids_in(folder)]
-            deadline = died + 4 * LIMIT + (40 if restarts else 0)
-            while any(map(alive, pids)) and time.time() < deadline:
-                time.sleep(0.005)
-                process.poll()
-                pids = [process.pid, *pids_in(folder)]
+
+            def there() -> list[int]:
+                return [pid for pid in (process.pid, *pids_in(folder)) if alive(pid)]
+
+            process_ended = wait_until(lambda: not there(), 4 * LIMIT + (40 if restarts else 0))
             gone = time.time() - died
-        finally:
-            left = [pid for pid in pids if alive(pid)]
-            killed([*left, process.pid])
-            reader.join()
-            with process:
-                out = process.stdout.read() if process.stdout else ""
+            left, status = len(there()), process.poll()
+        reader.join()
+        with process:
+            out = process.stdout.read()
     says = re.compile(SAYS[how].format(rank=rank))
-    told = min((at - died for at, line in lines if says.search(line)), default=float("inf"))
     return Ending(
-        status=process.returncode,
-        gone=float("inf") if left else gone,
-        told=told,
-        left=len(left),
+        status=status,
+        gone=gone if process_ended else float("inf"),
+        told=min((at - died for at, line in lines if says.search(line)), default=float("inf")),
+        left=left,
         out=out,
         err="".join(line for _, line in lines),
     )
-
-
-WAYS = ("script", "run", "fork", "spawn", "forkserver")
 
 
 def breakages(times: int, kinds: tuple[str, ...] = tuple(SAYS)) -> dict[str, dict[str, int]]:
@@ -158,7 +163,7 @@ def breakages(times: int, kinds: tuple[str, ...] = tuple(SAYS)) -> dict[str, dic
             rows[f"{how}, rank {rank}"] = {
                 "trials": times,
                 "left": sum(end.left for end in ends),
-                "status 0": sum(end.status == 0 for end in ends),
+                "status 0": sum(not end.status for end in ends),
                 "slow": sum(max(end.gone, end.told) > LIMIT for end in ends),
                 "unnamed": sum(not says.search(end.first) for end in ends),
                 "last gone, ms": milliseconds(end.gone for end in ends),
@@ -173,22 +178,44 @@ def milliseconds(seconds: Iterable[float]) -> int:
     return -1 if worst == float("inf") else round(1000 * worst)
 
 
+def aborted(ranks: int, times: int) -> int:
+    """How many ranks of so many jobs ended otherwise than with status 0, Python ending right after a collective."""
+    words = [sys.executable, str(PROGRAMS / "leaving.py"), str(ranks), str(times)]
+    return subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
+
+
 def orphans(times: int) -> dict[str, dict[str, int]]:
     """R10: the parent is killed (-9); ranks that are there after 2 seconds, and when the last one was gone."""
     rows: dict[str, dict[str, int]] = {}
     for way in WAYS:
         spans: list[float] = []
         for _ in range(times):
-            with tempfile.TemporaryDirectory(prefix="endings-") as name:
-                folder = Path(name)
-                with started(way, "training", "raise", 7, folder) as process:
-                    assert wait_until(lambda folder=folder: len(pids_in(folder)) == 4, 60)
-                    ranks = pids_in(folder)[::2]
-                    process.kill()
-                    began = time.monotonic()
-                    gone = wait_until(lambda ranks=ranks: not any(map(alive, ranks)), 10)
-                    spans.append(time.monotonic() - began if gone else float("inf"))
-                    killed(pids_in(folder))
+            with tempfile.TemporaryDirectory(prefix="endings-") as name, running(way, Path(name)) as (process, ranks):
+                process.kill()
+                began = time.monotonic()
+                gone = wait_until(lambda ranks=ranks: not any(map(alive, ranks)), 10)
+                spans.append(time.monotonic() - began if gone else float("inf"))
         late = sum(span > 2 for span in spans)
         rows[way] = {"kills": times, "orphans": late, "last gone, ms": milliseconds(spans)}
+    return rows
+
+
+def listening(pid: int | str) -> set[str]:
+    """The addresses on which a process listens."""
+    links: set[str] = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.add(os.readlink(file))
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links}
+
+
+def listeners() -> dict[str, dict[str, int]]:
+    """R14: on how many addresses the ranks and the process that started them listen."""
+    rows: dict[str, dict[str, int]] = {}
+    for way in WAYS:
+        with tempfile.TemporaryDirectory(prefix="endings-") as name, running(way, Path(name)) as (process, ranks):
+            found = [address for pid in (process.pid, *ranks) for address in listening(pid)]
+        rows[way] = {"processes": 3, "on loopback": len(found), "beyond": sum(at not in LOOPBACK for at in found)}
     return rows

@@ -2,16 +2,17 @@
 
 from typing import Any
 
-HEAD = """# Checkpoints that survive
+HEAD = """# Checkpoints that survive, jobs that end
 
-What fabricfn promises of a checkpoint, and how often it was tried to break it. The counts are made by
+What fabricfn promises of a checkpoint and of a job that breaks, and how often it was tried. The counts are made by
 
 ```
 python -m tests.reliability --full --write      # one figure: --only R3
 ```
 
-and at a smaller size by `tests/test_survival.py` and `tests/test_checkpoint_machine.py` in every round of tests.
-Anything but zero in a column "lost", "mixed", "silent", "unnamed", "slow", "other" or "violations" is a bug.
+and at a smaller size by `tests/test_survival.py`, `tests/test_checkpoint_machine.py` and `tests/test_failures.py` in
+every round of tests. Anything but zero in a column "lost", "mixed", "silent", "unnamed", "slow", "other", "violations",
+"left", "status 0", "aborted", "orphans" or "beyond" is a bug.
 """
 
 TEXTS = {
@@ -57,17 +58,23 @@ Two ranks in the middle of training, one of which raises, leaves, crashes, is ki
 start (script, `fabricfn run`, `launch` with fork, spawn, forkserver) take turns. "left" counts processes of the ranks,
 and what these had started, that were still there; "unnamed" first lines on stderr that do not say which rank failed and
 how; "slow" trials of more than 5 s. The milliseconds are the worst from the death to the end of the last process, and
-to the line that names the cause.
+to the line that names the cause. "leaving": the interpreters of all ranks end right after a collective or a step, or
+with a save in flight; torch's threads must be done with Python by then ("aborted": SIGABRT, or another status but 0).
 """,
     "R10": """## The process that started the ranks is killed
 
-`kill -9`; "orphans" are jobs of which a rank was there 2 s later.
+`kill -9` in the middle of training; "orphans" are jobs of which a rank was there 2 s later.
 """,
     "R13": """## No code in a checkpoint
 
 Events of Python's audit hook (`sys.addaudithook`) during `load` with and without a template and `verify_checkpoint`,
 after one load to warm up, on all ranks together. What the ranks tell each other is JSON; only the states of objects
 that differ between ranks (loaders) travel pickled, between the ranks of one job, never from the disk.
+""",
+    "R14": """## Who listens
+
+The addresses on which the two ranks of a job on one machine, and the process that started them, listen (TCP, as the
+kernel lists them). The kernel chooses the ports.
 """,
     "R16": """## Random histories
 
@@ -118,7 +125,7 @@ def table(rows: dict[str, dict[str, int]]) -> str:
         lines.append(f"| {name} | {' | '.join(f'{count:,}' for count in counts.values())} |")
     total = [key for key in columns if all(key in counts for counts in rows.values())]
     if len(rows) > 1 and len(total) == len(columns):
-        sums = (sum(counts[key] for counts in rows.values()) for key in columns)
+        sums = ((max if key.endswith("ms") else sum)(row[key] for row in rows.values()) for key in columns)
         lines.append(f"| **all** | {' | '.join(f'**{count:,}**' for count in sums)} |")
     return "\n".join(lines[1:])
 
