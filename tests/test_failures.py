@@ -118,6 +118,7 @@ def test_nothing_listens_beyond_the_loopback_interface_and_no_rank_outlives_a_ki
 
 SLOW = """
 import os, time
+from pathlib import Path
 import fabricfn as ff
 {guard}    ff.{call}
 else:
@@ -127,6 +128,7 @@ else:
 """
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize(
     ("guard", "call"),
     [
@@ -134,15 +136,25 @@ else:
         ("if __name__ == '__main__':\n", "launch(print, devices=2, accelerator='cpu', start_method='spawn')"),
     ],
 )
-def test_a_rank_whose_parent_is_killed_while_it_imports_ends_too(guard, call, tmp_path):
-    """Long before init_runtime could say that it wants to."""
+def test_ranks_that_import_still_end_with_the_job(guard, call, number, tmp_path):
+    """Long before init_runtime could say that it wants to. A terminal sends Ctrl-C to all processes of the job."""
     (tmp_path / "slow.py").write_text(SLOW.format(guard=guard, call=call, folder=str(tmp_path)))
-    words = [sys.executable, str(tmp_path / "slow.py")]
-    job = subprocess.Popen(words, env={**os.environ, "TMPDIR": str(tmp_path)}, text=True)
-    with killed_at_last(job, tmp_path):
-        assert wait_until(lambda: len(pids_in(tmp_path)) == 2, 60)
-        job.kill()
-        assert wait_until(lambda: not any(map(alive, pids_in(tmp_path))), 2.0)
+    with (tmp_path / "err").open("w") as file:
+        words, environ = [sys.executable, str(tmp_path / "slow.py")], {**os.environ, "TMPDIR": str(tmp_path)}
+        job = subprocess.Popen(words, env=environ, text=True, stderr=file, start_new_session=True)
+        with killed_at_last(job, tmp_path):
+            assert wait_until(lambda: len(pids_in(tmp_path)) == 2, 60)
+            os.killpg(job.pid, number)
+            assert wait_until(
+                lambda: not any(map(alive, [job.pid, *pids_in(tmp_path)])), 2.0 if number == signal.SIGKILL else LIMIT
+            )
+    err = (tmp_path / "err").read_text()
+    if number == signal.SIGKILL:
+        assert err == ""
+    elif "init_runtime" in call:
+        assert err == "fabricfn: stopped by SIGINT; no rank is left\n"
+    else:  # the traceback of the process that called launch
+        assert err.count("Traceback") == 1
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

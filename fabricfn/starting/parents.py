@@ -19,11 +19,13 @@ from fabricfn.environments import Topology
 PARENT_DIED = signal.SIGKILL
 """What the kernel sends to a worker whose parent was killed (Linux)."""
 
-# The kernel forgets the wish at fork, but not at exec; a parent that is gone already sends nothing any more.
+# The kernel forgets the wish at fork, but not at exec; a parent that is gone already sends nothing any more. A session
+# of its own: Ctrl-C comes through the parent, and what the worker starts can be ended with it.
 _BIND = (
     "import ctypes, os, sys; "
     f"ctypes.CDLL(None).prctl(1, {int(PARENT_DIED)}); "
     "os.getppid() == int(sys.argv[1]) or os._exit(1); "
+    "os.getsid(0) == os.getpid() or os.setsid(); "
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
 
