@@ -2,7 +2,8 @@
 
 They do so after its caller has gone on, and need the GIL. A thread that asks for it while Python ends aborts the
 process: "terminate called without an active exception" (pytorch issue 190489). The group itself lives on, since records
-hold it, so its threads are not joined.
+hold it, so its threads are not joined. A collective in flight cannot be told from none: fabricfn waits for all of its
+own, and whoever calls torch's with `async_op=True` waits for those.
 """
 
 import contextlib

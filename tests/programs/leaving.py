@@ -10,20 +10,15 @@ import sys
 import tempfile
 
 import torch
-import torch.distributed as dist
 
 import fabricfn as ff
+import fabricfn.starting.joining
 from fabricfn.environments import Topology
 
 
 def collective(rt):
     for _ in range(50):
         ff.all_reduce(rt, torch.ones(4))
-
-
-def unfinished(rt):
-    for _ in range(20):
-        dist.all_reduce(torch.ones(1000), async_op=True)
 
 
 def step(rt):
@@ -43,7 +38,7 @@ def gathering(rt):
     ff.all_gather_object(rt, [rt.rank])
 
 
-KINDS = {"collective": collective, "unfinished": unfinished, "step": step, "saving": saving, "gathering": gathering}
+KINDS = {"collective": collective, "step": step, "saving": saving, "gathering": gathering}
 
 
 def forked(size, times, kinds):

@@ -59,7 +59,7 @@ def r4(full: bool) -> Rows:
 
 def r8(full: bool) -> Rows:
     """A rank breaks."""
-    return endings.breakages(20 if full else 2) | {
+    return endings.breakages(full) | {
         f"leaving, {ranks} ranks": {"jobs": times, "aborted": endings.aborted(ranks, times)}
         for ranks, times in ((2, 100 if full else 5), (4, 100 if full else 5))
     }
