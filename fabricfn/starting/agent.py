@@ -19,7 +19,7 @@ from fabricfn.environments.workers import FOLDER, STARTED_BY
 from fabricfn.starting.meeting import DEFAULT_PORT
 from fabricfn.starting.nodes import Nodes, rendezvous_of
 from fabricfn.starting.outcomes import Outcome, failures_in, outcome_of, story
-from fabricfn.starting.parents import bound, bound_spawn, joined_file
+from fabricfn.starting.parents import bound, bound_spawn, marked
 from fabricfn.starting.request import Request
 from fabricfn.starting.signalling import end_sessions, own_signals, signal_all
 from fabricfn.starting.surroundings import environment, quiet, threads_each
@@ -28,7 +28,7 @@ GRACE = 5
 """Seconds that workers have to end after a signal, before they are killed."""
 STOPPING = 1.0
 """Seconds that they have once a rank has failed: for a save in flight that does not need it."""
-PATIENCE = 2.5
+PATIENCE = 3.5
 """Seconds to wait, after a rank lost the connection to another one, for that one to end and say why."""
 
 
@@ -79,7 +79,9 @@ class _Agent(LocalElasticAgent):
         told = isinstance(sys.exc_info()[1], SignalException)  # else a worker failed: there is nothing to save
         if told and isinstance(self._pcontext, MultiprocessContext):
             self._pcontext._worker_finished_event.set()  # a worker that returns now need not wait until we read it
-        if death_sig == signal.SIGINT and not all(joined_file(self.attempt(), rank).exists() for rank in self.ranks()):
+        if death_sig == signal.SIGINT and not all(
+            marked(self.attempt(), rank, "joined") for rank in self.ranks().values()
+        ):
             death_sig = signal.SIGTERM  # KeyboardInterrupt in the middle of an import is a traceback of each rank
         super()._shutdown(death_sig, self.grace if told else GRACE)  # pyright: ignore
 
@@ -99,9 +101,9 @@ class _Agent(LocalElasticAgent):
         ranks = self.ranks()
         bad = {ranks[local] for local, status in ended.items() if status} - lost
         early = {ranks[local] for local, status in ended.items() if not status and self._too_early(ranks[local])}
-        if bad or len(failures) > len(lost) or (early and isinstance(self._pcontext, MultiprocessContext)):
+        if bad or early or len(failures) > len(lost):
             return self._settle(ended)
-        if not lost and not early:
+        if not lost:
             self.patience = time.monotonic() + PATIENCE
             return False
         # The rank that broke the connection may be on its way out still, if there is one that could be.
@@ -109,10 +111,13 @@ class _Agent(LocalElasticAgent):
         return None if others and time.monotonic() < self.patience else self._settle(ended)
 
     def _too_early(self, rank: int) -> bool:
-        """Whether a rank that ended with status 0 should have gone on."""
+        """Whether a rank that ended with status 0 should have gone on: another one waits for it."""
         if isinstance(self._pcontext, MultiprocessContext):  # os._exit(0): it waits until we have its result
             return not (self.attempt() / f"rank-{rank}.result").exists()
-        return not joined_file(self.attempt(), rank).exists()
+        others = set(self.ranks().values()) - {rank}
+        return not marked(self.attempt(), rank, "joined") and any(
+            marked(self.attempt(), other, "came") for other in others
+        )
 
     def _settle(self, ended: Mapping[int, int]) -> bool:
         """Say who failed first, and end all workers. A rank that says why is let go to its end, if that is near."""

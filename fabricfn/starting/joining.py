@@ -24,7 +24,7 @@ from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.starting.letting_go import let_go
 from fabricfn.starting.meeting import open_store, settle
-from fabricfn.starting.parents import mark_joined
+from fabricfn.starting.parents import mark
 from fabricfn.starting.request import Request, seconds
 from fabricfn.starting.words import give_up, tell_uncaught
 from fabricfn.strategies import dp, resolve
@@ -139,12 +139,12 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
         attempt=topology.attempt,
         stop=install(request.stop_signals),
     )
-    mark_joined(topology)
+    mark(topology.folder, topology.rank, "joined")
     if owns_group:
         if topology.name not in ("launch", "script"):
             tell_uncaught(topology)
         # Four gloo ranks that leave without destroying their group: 5 of 6 runs ended in SIGABRT.
-        atexit.register(_shutdown_at_exit, rt, os.getpid())
+        atexit.register(_shutdown_at_exit, rt, os.getpid(), topology.folder)
     return rt
 
 
@@ -236,6 +236,7 @@ def until_shutdown(rt: Runtime) -> Generator[Runtime]:
     shutdown(rt)
 
 
-def _shutdown_at_exit(rt: Runtime, pid: int) -> None:
+def _shutdown_at_exit(rt: Runtime, pid: int, folder: str | None) -> None:
     if os.getpid() == pid:  # a forked child inherits the call, but not the threads of the group
+        mark(folder, rt.rank, "left")
         shutdown(rt)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fabricfn.failures import Failure, ending, first_cause
-from fabricfn.starting.parents import crash_file
+from fabricfn.starting.parents import crash_file, marked
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,10 @@ def outcome_of(folder: Path, ranks: Sequence[int], ended: Mapping[int, int]) -> 
     }
     silent = {rank: status for rank, status in ended.items() if rank not in told}
     deaths = {rank: status for rank, status in silent.items() if status} or silent
-    rank, failure = first_cause(failures, deaths)
-    status = ended.get(-1 if rank is None else rank, 1)
+    # Python itself takes its time to end: a second of a busy machine
+    leaving = {rank: 0 for rank in ranks if rank not in told and marked(folder, rank, "left")}
+    rank, failure = first_cause(failures, deaths or leaving)
+    status = (leaving | dict(ended)).get(-1 if rank is None else rank, 1)
     crash = crash_file(folder, -1 if rank is None else rank)
     stack = crash.read_text(errors="replace").rstrip() if status < 0 and crash.exists() else ""
     if rank is not None and failure is None and status == 0:  # what the others say of a rank that has left
@@ -67,11 +69,11 @@ def story(outcome: Outcome) -> str:
     """What a failed attempt is to its user: the rank and the cause in the first line, then where it stood."""
     failure, rank = outcome.failure, outcome.failed_rank
     if failure is not None and failure.consequence:
-        return f"fabricfn: rank {rank} of this node has lost another rank, which is elsewhere: {failure.summary}"
+        return f"fabricfn: rank {rank} has lost another rank, and none of this node says why: {failure.summary}"
     if failure is not None:
         return f"fabricfn: rank {rank} failed first: {failure.summary}\n{failure.text}"
     if rank is None:
-        return "fabricfn: a rank of another node failed; that node says why"
+        return "fabricfn: a rank of another node has failed; that node says why"
     text = f"fabricfn: rank {rank} {how_it_ended(outcome)}"
     if outcome.status > 0:
         text += "; what it printed stands above"
@@ -81,6 +83,6 @@ def story(outcome: Outcome) -> str:
 def how_it_ended(outcome: Outcome) -> str:
     """The end of a rank that left no exception, in words."""
     if outcome.status == 0:
-        return "left with status 0 while the others went on"
+        return "has left with status 0 while the others went on"
     hint = "; was the machine out of memory?" if outcome.status == -signal.SIGKILL else ""
     return ending(outcome.status) + hint

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Generator, Sequence
 from multiprocessing import spawn
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # pyright: ignore
 
@@ -28,6 +28,9 @@ _BIND = (
     "os.getsid(0) == os.getpid() or os.setsid(); "
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
+
+Step = Literal["came", "joined", "left"]
+"""What a rank tells the parent: it looks for the others, it has met them, it lets go of them since Python ends."""
 
 _CRASH_FILES: list[IO[str]] = []
 """faulthandler keeps the number of a file alone, so somebody must keep it open."""
@@ -65,6 +68,7 @@ def attend(topology: Topology) -> None:
     if topology.folder is None:
         return
     os.makedirs(topology.folder, exist_ok=True)
+    mark(topology.folder, topology.rank, "came")
     if topology.name == "launch" or not faulthandler.is_enabled():
         file = crash_file(Path(topology.folder), topology.rank).open("w")
         _CRASH_FILES.append(file)
@@ -82,12 +86,17 @@ def crash_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.crash"
 
 
-def joined_file(folder: Path, rank: int) -> Path:
-    """What says that a rank has met the others."""
-    return folder / f"rank-{rank}.joined"
+def mark(folder: str | None, rank: int, what: Step) -> None:
+    """In a worker: tell the parent how far this rank is."""
+    if folder is not None:
+        with contextlib.suppress(OSError):  # the parent is gone, and the folder with it
+            _mark(Path(folder), rank, what).touch()
 
 
-def mark_joined(topology: Topology) -> None:
-    """In a worker: say that this rank has met the others."""
-    if topology.folder is not None:
-        joined_file(Path(topology.folder), topology.rank).touch()
+def marked(folder: Path, rank: int, what: Step) -> bool:
+    """Whether that rank has come so far."""
+    return _mark(folder, rank, what).exists()
+
+
+def _mark(folder: Path, rank: int, what: Step) -> Path:
+    return folder / f"rank-{rank}.{what}"
