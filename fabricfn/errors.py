@@ -7,6 +7,9 @@ A message states the law, what was found, what was expected, the rank where that
 class FabricfnError(Exception):
     """The base of all exceptions of this package."""
 
+    elsewhere: bool = False
+    """Whether it tells of what went wrong on another rank alone."""
+
 
 class ConfigurationError(FabricfnError, ValueError):
     """An argument names something that does not exist, or two arguments contradict each other."""

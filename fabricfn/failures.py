@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 
-from fabricfn.errors import HangError, LaunchError, MismatchError, PeerError
+from fabricfn.errors import FabricfnError, HangError, LaunchError, MismatchError, PeerError
 
 # What the other ranks see when one has died or hangs. Such an error is a consequence, whenever it was raised.
 _CONSEQUENCES = (
@@ -36,7 +36,7 @@ class Failure:
     text: str
     """Its traceback, with causes, as Python prints it."""
     consequence: bool
-    """Whether it only says that another rank is gone."""
+    """Whether another rank is behind it: one that is gone, or that the error tells of."""
     pickled: bytes | None
     """The exception object; None where it is no `Exception`, or cannot be pickled."""
 
@@ -54,7 +54,7 @@ def record(error: BaseException, rank: int) -> Failure:
         time=time.time(),
         summary=summary,
         text="".join(traceback.format_exception(error)).rstrip(),
-        consequence=is_consequence(error),
+        consequence=is_consequence(error) or _elsewhere(error),
         pickled=_pickled(error),
     )
 
@@ -66,6 +66,15 @@ def is_consequence(error: BaseException | None) -> bool:
     while error is not None:
         text = str(error).lower()
         if isinstance(error, OSError | RuntimeError) and any(sign in text for sign in _CONSEQUENCES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _elsewhere(error: BaseException | None) -> bool:
+    """Whether the error, or one that it came from, tells of another rank."""
+    while error is not None:
+        if isinstance(error, FabricfnError) and error.elsewhere:
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -94,7 +103,8 @@ def exception_of(failure: Failure) -> Exception:
         error = None
     if error is None:
         error = LaunchError(f"rank {failure.rank} {failure.summary}")
-    error.__cause__ = LaunchError(f"rank {failure.rank} failed first: {failure.summary}\n{failure.text}")
+    cause = LaunchError(f"rank {failure.rank} failed first: {failure.summary}\n{failure.text}")
+    cause.elsewhere, error.__cause__ = True, cause
     error.add_note(f"This was raised on rank {failure.rank}; its own traceback stands above, in the cause.")
     return error
 

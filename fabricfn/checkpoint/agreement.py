@@ -70,10 +70,12 @@ def together(
     if failure is not None and (not isinstance(failure, Exception) or _own(failure, len(failed), world)):
         raise failure
     details = "; ".join(f"rank {rank}: {said}" for rank, said in list(failed.items())[:4])
-    raise CheckpointError(
+    error = CheckpointError(
         f"{what} failed on {len(failed)} of {world.world_size} ranks, so no rank went on (this is rank {world.rank})."
         f" {details}"
-    ) from failure
+    )
+    error.elsewhere = failure is None
+    raise error from failure
 
 
 def _read(answer: bytes) -> tuple[str | None, Any]:

@@ -40,7 +40,10 @@ def tell_uncaught(topology: Topology) -> None:
             own = "" if failure.consequence and not isinstance(error, LeftError) else f"\n{failure.text}"
             print(f"fabricfn: rank {topology.rank} {failure.summary}{own}", file=sys.stderr, flush=True)
         if topology.name == "torchrun" and not failure.consequence and isinstance(error, Exception):
-            get_error_handler().record_exception(error)  # for the summary of torchrun
+            try:
+                raise error  # its traceback is taken where it is handled
+            except Exception:
+                get_error_handler().record_exception(error)  # for the summary of torchrun
         if before is not sys.__excepthook__:
             before(kind, error, trace)
 

@@ -21,7 +21,7 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFF
 """127.0.0.1, ::1 and ::ffff:127.0.0.1, as the kernel writes them."""
 
 SAYS = {
-    "raise": r"rank {rank} .*raised ValueError: the data are gone",
+    "raise": r"rank {rank} .*(raised|rank {rank}:) ValueError: the data are gone",
     "exit-0": r"rank {rank} .*(status 0|exit\(0\)|has left)",
     "exit-3": r"rank {rank} .*(status 3|exit\(3\))",
     "_exit-0": r"rank {rank} .*(status 0|has left)",
