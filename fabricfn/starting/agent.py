@@ -30,6 +30,7 @@ from fabricfn.starting.meeting import DEFAULT_PORT
 from fabricfn.starting.nodes import Nodes, rendezvous_of
 from fabricfn.starting.request import Request
 from fabricfn.starting.signalling import own_signals
+from fabricfn.world import threads_each
 
 GRACE = 5
 """Seconds that workers have to end after a signal, before they are killed."""
@@ -230,12 +231,6 @@ def _end(context: Any, before: set[Any]) -> None:
     for pid in pids.values():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-
-
-def threads_each(count: int) -> int:
-    """The CPU threads of each of `count` processes that share this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // count)
 
 
 def check_ready(what: str) -> None:

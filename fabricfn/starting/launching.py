@@ -19,12 +19,13 @@ from fabricfn.environments import find
 from fabricfn.errands import finish_all
 from fabricfn.errors import ConfigurationError, LaunchError
 from fabricfn.failures import ending, exception_of, record
-from fabricfn.starting.agent import Outcome, attend, check_ready, run_workers, threads_each
+from fabricfn.starting.agent import Outcome, attend, check_ready, run_workers
 from fabricfn.starting.cargo import Call, pack, read_result, unpack, write_result
 from fabricfn.starting.commanded import with_command_line
 from fabricfn.starting.joining import join, place, say_goodbye, shutdown, until_shutdown
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from, start_method_of
 from fabricfn.starting.words import leave_word
+from fabricfn.world import threads_each
 
 
 def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
