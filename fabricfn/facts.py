@@ -14,9 +14,9 @@ from torch.cuda import nccl
 from fabricfn.accelerators import available, describe
 from fabricfn.environments import DETECTORS, Topology, command_line, find
 from fabricfn.errors import ConfigurationError
-from fabricfn.starting.agent import threads_each
 from fabricfn.starting.commanded import filled
 from fabricfn.starting.request import Request, check_own_start, choice_of
+from fabricfn.world import threads_each
 
 PACKAGES = (
     "fabricfn",

@@ -1,6 +1,7 @@
 """Who am I: the place of one process among all processes of the job."""
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,3 +35,9 @@ class World:
     """The process group of all ranks; None when there is one rank, and then no collective is ever called."""
     watch: "Watch | None" = None
     """What this rank tells the others about where it is; None for one rank, and in a group that the user made."""
+
+
+def threads_each(count: int) -> int:
+    """The CPU threads of each of `count` processes that share this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // count)

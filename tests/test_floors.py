@@ -58,6 +58,7 @@ OPTIONAL: dict[str, set[str]] = {
     "accelerators": {"torch_xla"},
     "starting.cargo": {"cloudpickle"},
     "checkpoint.storage.objects": {"fsspec"},
+    "checkpoint.format.checksums": {"isal"},
     "environments.mpi": {"mpi4py"},
 }
 

@@ -26,7 +26,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import fabricfn as ff
 from fabricfn.checkpoint.storage import retrying
-from fabricfn.checkpoint.storage.shelves import remove
 from fabricfn.errors import CheckpointError, ConfigurationError
 from fabricfn.testing import processes, threads
 from tests.checkpoints import bits
@@ -297,10 +296,12 @@ def test_a_file_system_without_one_step_puts_is_written_but_not_replaced(tmp_pat
     with pytest.raises(CheckpointError, match=r"plain:// cannot replace a file in one step"):
         ff.save(RT, url, tree_of(2))
     assert ff.verify_checkpoint(url).entries
-    assert ff.list_checkpoints(f"plain://{tmp_path}/run") == [url]
-    remove(url)
-    assert ff.latest(f"plain://{tmp_path}/run") is None
-    assert not (tmp_path / "run/c").exists()
+    run = f"plain://{tmp_path}/run"
+    assert ff.list_checkpoints(run) == [url]
+    for step in (1, 2):
+        ff.save(RT, f"{run}/step-{step}", tree_of(step))
+    assert ff.prune_checkpoints(RT, run, last=1) == [f"{run}/step-1"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["c", "step-2"]
 
 
 def test_what_is_there_is_listed_by_number(store, tmp_path):
@@ -314,16 +315,73 @@ def test_what_is_there_is_listed_by_number(store, tmp_path):
     del Faulty.store["/run/step-10/manifest.json"]
     with pytest.warns(UserWarning, match=r"falls back to faulty://run/step-9.*step-10 is not a whole checkpoint"):
         assert ff.latest("faulty://run") == "faulty://run/step-9"
-    remove("faulty://run/step-9")
-    assert not any("step-9" in name for name in Faulty.store)
     with pytest.raises(CheckpointError, match="is a checkpoint itself"):
         ff.latest("faulty://run/step-2")
-    with pytest.raises(CheckpointError, match=r"is a folder of checkpoints \(step-2\).*ff.latest\('faulty://run'\)"):
+    with pytest.raises(
+        CheckpointError, match=r"is a folder of checkpoints \(step-2, step-9\).*ff.latest\('faulty://run'\)"
+    ):
         ff.load(RT, "faulty://run")
     for name in ("a", "b"):  # no numbers: by time
         ff.save(RT, f"faulty://other/{name}", tree_of())
     Faulty.store["/other/a/manifest.json"].modified += datetime.timedelta(hours=1)
     assert ff.latest("faulty://other") == "faulty://other/a"
+
+
+def test_a_store_keeps_the_last_the_best_and_every_nth(store):
+    for step, loss in ((10, 0.5), (20, 0.1), (25, 0.4), (30, 0.3), (35, 0.2)):
+        ff.save(RT, f"faulty://run/step-{step}", {"w": torch.ones(2), "loss": loss})
+    Faulty().pipe_file("/run/step-25/notes.txt", b"mine")
+    before = contents()
+    with pytest.warns(UserWarning, match=r"leaves faulty://run/step-25 alone.*notes.txt"):
+        gone = ff.prune_checkpoints(RT, "faulty://run", last=1, every=20, best=2, metric="loss")
+    assert gone == ["faulty://run/step-10", "faulty://run/step-30"]
+    assert contents() == {
+        name: data for name, data in before.items() if not name.startswith(("/run/step-10/", "/run/step-30/"))
+    }
+
+
+def test_a_kill_at_any_operation_of_a_removal_leaves_each_whole_or_gone(store):
+    for step in (1, 2, 3):
+        ff.save(RT, f"faulty://run/step-{step}", tree_of(step))
+    before = contents()
+    Faulty.log.clear()
+    ff.prune_checkpoints(RT, "faulty://run", last=1)
+    operations = [kind for kind, *_ in Faulty.log]
+    assert operations.count("delete") == 4  # of two checkpoints the manifest and the data
+
+    def kill(since, kind):
+        if since >= 0:
+            raise Killed
+
+    counts = []
+    for number in range(len(operations) + 1):
+        restore(before)
+        Faulty.fault = nth(number, kill)
+        with contextlib.suppress(Killed):
+            ff.prune_checkpoints(RT, "faulty://run", last=1)
+        Faulty.fault = None
+        whole = ff.list_checkpoints("faulty://run")
+        for url in whole:
+            ff.verify_checkpoint(url)
+        assert sum(name.endswith("manifest.json") for name in Faulty.store) == len(whole)
+        counts.append(len(whole))
+    assert counts[0] == 3 and counts[-1] == 1 and counts == sorted(counts, reverse=True)
+
+
+def test_a_removal_spares_what_was_saved_in_its_place_meanwhile(store):
+    for step in (1, 2):
+        ff.save(RT, f"faulty://run/step-{step}", tree_of(step))
+
+    def save_again(kind, path):
+        chosen = any(entry[:2] == ("get", "/run/step-2/manifest.json") for entry in Faulty.log)
+        if chosen and kind == "ls" and path.startswith("/run/step-1"):
+            Faulty.fault = None
+            ff.save(RT, "faulty://run/step-1", tree_of(7))
+
+    Faulty.log.clear()
+    Faulty.fault = save_again
+    assert ff.prune_checkpoints(RT, "faulty://run", last=1) == []
+    assert same(ff.load(RT, "faulty://run/step-1"), tree_of(7))
 
 
 def test_what_is_no_checkpoint_is_refused(store):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import fabricfn as ff
-from fabricfn.checkpoint import retention
+from fabricfn.checkpoint.storage import removing
 from fabricfn.errors import CheckpointError, ConfigurationError, MismatchError
 from fabricfn.testing import threads
 
@@ -211,7 +211,7 @@ def test_a_removal_that_fails_is_an_error_on_every_rank(tmp_path, ranks, monkeyp
     def refused(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(retention.shutil, "rmtree", refused)
+    monkeypatch.setattr(removing.shutil, "rmtree", refused)
 
     def pruned(rt):
         with pytest.raises(CheckpointError, match=r"failed on 1 of 3 ranks.*rank 0: PermissionError.*step-1"):
@@ -278,7 +278,7 @@ def test_a_checkpoint_that_takes_the_place_meanwhile_is_not_deleted(tmp_path, mo
         ff.save(RT, tmp_path / "step-1", {"step": "new"})
         rename(source, target)
 
-    monkeypatch.setattr(retention.os, "rename", overtaken)
+    monkeypatch.setattr(removing.os, "rename", overtaken)
     assert ff.prune_checkpoints(RT, tmp_path, last=1) == []
     assert ff.load(RT, tmp_path / "step-1") == {"step": "new"}
     assert names(tmp_path) == ["step-1", "step-2"]

@@ -5,15 +5,14 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.format.manifest import ARRAYS, Leaf, Node, path_text, plain_value
 from fabricfn.checkpoint.format.pieces import Source
 from fabricfn.checkpoint.progress import Progress, Tell, meter
+from fabricfn.checkpoint.readers import by_readers
 from fabricfn.checkpoint.storage.downloading import TURNS, Replaced
-from fabricfn.checkpoint.storage.objects import REQUESTS
 from fabricfn.checkpoint.storage.opening import opened
 from fabricfn.checkpoint.trees.adapters import Types
 from fabricfn.checkpoint.trees.arrays import identity
@@ -38,10 +37,6 @@ from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.leases import Place, caller
 from fabricfn.runtimes import Runtime
 from fabricfn.watching import collective
-
-READERS = 4
-FEW_BYTES = 8 << 20
-"""Below this, threads cost more than they save."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,11 +239,7 @@ def _values(
         tell(sizes[key])
         return key, value
 
-    if sum(sizes.values()) < FEW_BYTES and not source.remote:
-        found = dict(map(read, first.items()))
-    else:
-        with ThreadPoolExecutor(REQUESTS if source.remote else READERS) as pool:
-            found = dict(pool.map(read, first.items()))
+    found = dict(by_readers(rt.world, read, first.items(), sum(sizes.values()), source.remote))
     pairs = zip(keys, wants, strict=True)
     return [plain_value(leaves[want.leaf]) if key is None else found[key] for key, want in pairs]
 

@@ -5,19 +5,19 @@ import dataclasses
 import math
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fabricfn.checkpoint.agreement import together
-from fabricfn.checkpoint.format.manifest import ARRAYS, MANIFEST, Manifest, path_text, paths_of, plain_value
+from fabricfn.checkpoint.format.manifest import ARRAYS, Manifest, path_text, paths_of, plain_value
 from fabricfn.checkpoint.format.writing import sync_folder
 from fabricfn.checkpoint.listing import list_checkpoints
-from fabricfn.checkpoint.storage.commit import check_target, sweep
-from fabricfn.checkpoint.storage.objects import local_path
-from fabricfn.checkpoint.storage.opening import ASIDE, opened, standing
+from fabricfn.checkpoint.storage.objects import Options, local_path, url_of
+from fabricfn.checkpoint.storage.opening import opened
+from fabricfn.checkpoint.storage.removing import discard, sweep_discarded
+from fabricfn.checkpoint.storage.shelves import name_of
 from fabricfn.errors import CheckpointError, ConfigurationError, MismatchError
 from fabricfn.runtimes import Runtime
 
@@ -81,7 +81,8 @@ def prune_checkpoints(
     best: int = 0,
     metric: str | Mapping[str, float] | None = None,
     mode: str = "min",
-) -> list[Path]:
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[Path | str]:
     """Delete the checkpoints of a folder that `retained` does not keep.
 
     Laws: the newest by its number and the one written last are kept. Only whole checkpoints with a number in their
@@ -90,15 +91,16 @@ def prune_checkpoints(
 
     Args:
         rt: the runtime. Collective: every rank calls it, rank 0 deletes.
-        folder: the folder that holds checkpoints.
+        folder: the folder that holds checkpoints, or its URL.
         last: keep so many of the newest; at least 1.
         every: keep those whose step, the last number in the name, is a multiple of it.
         best: keep so many with the best metric.
         metric: the path of a number in the checkpoints, as "metrics/val_loss", or a mapping of folder names to values.
         mode: "min" when less is better, "max" when more is.
+        storage_options: arguments of fsspec's file system for a URL.
 
     Returns:
-        The paths that were deleted, oldest first, on every rank.
+        The paths (strings for URLs) that were deleted, oldest first, on every rank.
 
     Raises:
         ConfigurationError: as `retained`; on every rank, before anything is deleted.
@@ -116,9 +118,10 @@ def prune_checkpoints(
     """
     what = f"ff.prune_checkpoints of {folder!s:.300}"
 
-    def ask() -> tuple[Path, str]:
+    def ask() -> tuple[Path | str, str]:
         _check(last, every, best, metric is not None, mode)
-        place, values = local_path(folder), metric if isinstance(metric, str) else sorted((metric or {}).items())
+        values = metric if isinstance(metric, str) else sorted((metric or {}).items())
+        place = url_of(folder) or local_path(folder)
         return place, f"{str(place)!r}, last={last}, every={every}, best={best}, metric={values!r}, mode={mode!r}"
 
     place, asked = together(rt.world, what, ask)
@@ -127,19 +130,22 @@ def prune_checkpoints(
         raise MismatchError(f"{what}: every rank must ask for the same (this is rank {rt.rank}). {calls}")
 
     def work() -> tuple[None, list[str]]:
-        if rt.rank or not place.is_dir():
-            return None, []
-        _sweep(place)
-        found = _standing(place)
+        return None, [] if rt.rank else [str(path) for path in _prune(place)]
+
+    def _prune(place: Path | str) -> list[Path | str]:
+        found = _standing(place, storage_options)
         values = _metric(place, found, metric)
         paths = [one.path for one in found]
         kept = set(retained(paths, last=last, every=every, best=best, metric=values, mode=mode))
         newest = max(found, key=lambda one: one.manifest.created, default=None)
-        removed = [one.path for one in found if one.path not in kept and one is not newest and _discard(one)]
-        sync_folder(str(place))
-        return None, [str(path) for path in removed]
+        going = [one for one in found if one.path not in kept and one is not newest]
+        removed = [one.path for one in going if _discarded(one, storage_options)]
+        if removed and isinstance(place, Path):
+            sync_folder(str(place))
+        return removed
 
-    return [Path(path) for path in together(rt.world, what, work)[1][0]]
+    removed = together(rt.world, what, work)[1][0]
+    return [Path(path) if isinstance(place, Path) else path for path in removed]
 
 
 def _check(last: int, every: int | None, best: int, measured: bool, mode: str) -> None:
@@ -163,29 +169,40 @@ def _step(checkpoint: int | str | os.PathLike[str]) -> int | None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Standing:
-    path: Path
+    path: Path | str
     manifest: Manifest
 
 
-def _standing(folder: Path) -> list[_Standing]:
+def _standing(folder: Path | str, options: Options) -> list[_Standing]:
     """The whole checkpoints of the folder that may be deleted, oldest first."""
-    links = [entry for entry in folder.iterdir() if entry.is_symlink()]
-    spared = {*links, *(link.resolve() for link in links)}
+    spared: set[Path | str] = set()
+    if isinstance(folder, Path) and folder.is_dir():
+        sweep_discarded(folder)
+        links = [entry for entry in folder.iterdir() if entry.is_symlink()]
+        spared.update(links, (link.resolve() for link in links))
     found: list[_Standing] = []
-    for path in map(Path, list_checkpoints(folder)):
+    for path in list_checkpoints(folder, storage_options=options):
         if path not in spared and _step(path) is not None:
-            with contextlib.suppress(CheckpointError), opened(path, say=False) as source:  # else it is gone meanwhile
-                found.append(_Standing(path=path, manifest=source.manifest))
+            with contextlib.suppress(CheckpointError), opened(path, say=False, options=options) as source:
+                found.append(_Standing(path=path, manifest=source.manifest))  # else it is gone meanwhile
     return found
 
 
+def _discarded(one: _Standing, options: Options) -> bool:
+    try:
+        return discard(one.path, one.manifest.save_id, options)
+    except CheckpointError as error:
+        warnings.warn(f"ff.prune_checkpoints leaves {one.path} alone. {error}", stacklevel=2)
+        return False
+
+
 def _metric(
-    folder: Path, found: Sequence[_Standing], metric: str | Mapping[str, float] | None
-) -> dict[Path, float] | None:
+    folder: Path | str, found: Sequence[_Standing], metric: str | Mapping[str, float] | None
+) -> dict[Path | str, float] | None:
     if metric is None:
         return None
     if not isinstance(metric, str):
-        return {one.path: float(metric[one.path.name]) for one in found if one.path.name in metric}
+        return {one.path: float(metric[name]) for one in found if (name := name_of(one.path)) in metric}
     plain = {one.path: _numbers(one.manifest) for one in found}
     if found and not any(metric in numbers for numbers in plain.values()):
         there = ", ".join(sorted({name for numbers in plain.values() for name in numbers})[:8])
@@ -209,36 +226,3 @@ def _number(value: Any) -> float | None:
     if isinstance(value, int) and value.bit_length() > 1000:  # a state, none that a metric has
         return None
     return float(value) if isinstance(value, int | float) else None
-
-
-def _discard(one: _Standing) -> bool:
-    """Remove a checkpoint; False when it holds files of others, or another took its place meanwhile.
-
-    It is renamed aside, to the name under which readers still find it, until its manifest goes: each step leaves it
-    whole or gone. What was renamed is looked at again, since a save may have exchanged it in between.
-    """
-    place = standing(one.path, say=False)
-    try:
-        check_target(place)
-    except CheckpointError as error:
-        warnings.warn(f"ff.prune_checkpoints leaves {place} alone. {error}", stacklevel=2)
-        return False
-    aside = place
-    if place == one.path:
-        sweep(place, "old")  # what a killed save put aside for this one would come back in its place
-        aside = place.parent / f".old-{place.name}-{one.manifest.save_id}"
-        os.rename(place, aside)
-        with contextlib.suppress(CheckpointError), opened(aside, say=False) as source:
-            if source.manifest.save_id != one.manifest.save_id:
-                os.rename(aside, place)
-                return False
-    os.unlink(aside / MANIFEST)
-    shutil.rmtree(aside)
-    return True
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed removals left: folders put aside that have no manifest any more."""
-    for entry in folder.iterdir():
-        if ASIDE.fullmatch(entry.name) and entry.is_dir() and not (entry / MANIFEST).exists():
-            shutil.rmtree(entry)

@@ -22,7 +22,8 @@ from fabricfn.starting.outcomes import Outcome, failures_in, outcome_of, story
 from fabricfn.starting.parents import bound, bound_spawn, marked
 from fabricfn.starting.request import Request
 from fabricfn.starting.signalling import end_sessions, own_signals, signal_all
-from fabricfn.starting.surroundings import environment, quiet, threads_each
+from fabricfn.starting.surroundings import environment, quiet
+from fabricfn.world import threads_each
 
 GRACE = 5
 """Seconds that workers have to end after a signal, before they are killed."""

@@ -26,8 +26,9 @@ from fabricfn.starting.joining import join, place, say_goodbye, shutdown, until_
 from fabricfn.starting.outcomes import Outcome, how_it_ended
 from fabricfn.starting.parents import attend
 from fabricfn.starting.request import Request, check_own_start, choice_of, request_from, start_method_of
-from fabricfn.starting.surroundings import check_ready, threads_each
+from fabricfn.starting.surroundings import check_ready
 from fabricfn.starting.words import leave_word
+from fabricfn.world import threads_each
 
 
 def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:

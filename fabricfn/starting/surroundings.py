@@ -1,4 +1,4 @@
-"""What surrounds the workers of this node: environment variables, threads, log lines."""
+"""What surrounds the workers of this node: environment variables, what was begun before, log lines."""
 
 import contextlib
 import logging
@@ -9,12 +9,6 @@ from collections.abc import Generator, Mapping
 import torch
 
 from fabricfn.errors import ConfigurationError
-
-
-def threads_each(count: int) -> int:
-    """The CPU threads of each of `count` processes that share this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // count)
 
 
 def check_ready(what: str) -> None:

@@ -87,7 +87,9 @@ SAVE_HEAD = """## Checkpoints
 
 Wall time for 384 MiB of float32 (24 tensors), written to a new place and flushed to the disk; on two ranks half of
 every tensor each. Bare: the same bytes by `write` and one `fsync`. fabricfn also computes and keeps a checksum of every
-block; what the peers wrote is flushed for them, within their time. DCP is torch's distributed checkpoint. Alone:
+block (by ISA-L: the extra `isal`); what the peers wrote is flushed for them, within their time. Each is called twice in
+a row and the second call counts: the host of a virtual machine supplies pages that were free for some seconds one by
+one, which takes up to five times as long as the copy into them. DCP is torch's distributed checkpoint. Alone:
 `python -m tests.benchmarks --only save` (and `load`, `sharded`, `stall`, `partial`).
 """
 

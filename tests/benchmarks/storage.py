@@ -87,7 +87,7 @@ def measure_save(rounds: int) -> dict[str, float]:
     }
     with new_places() as (place, clean):
         contenders: Contenders = {name: lambda save=save: save(place) for name, save in savers.items()}
-        return interleaved(contenders, rounds, time.perf_counter, warmup=1, between=clean)
+        return interleaved(contenders, rounds, time.perf_counter, warmup=1, between=clean, again=True)
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def measure_load(rounds: int) -> dict[str, float]:
                 key: value.clone() for key, value in safetensors.torch.load_file(folder / "safetensors").items()
             },
         }
-        return interleaved(contenders, rounds, time.perf_counter, warmup=1)
+        return interleaved(contenders, rounds, time.perf_counter, warmup=1, again=True)
 
 
 def measure_sharded(rt: ff.Runtime, rounds: int) -> dict[str, dict[str, float]]:
@@ -165,7 +165,7 @@ def measure_sharded(rt: ff.Runtime, rounds: int) -> dict[str, dict[str, float]]:
             "fabricfn": lambda: ff.save(rt, root / "ours", {"model": state}),
             "DCP": save_dcp,
         },
-        *(rounds, time.perf_counter, 1, clean),
+        *(rounds, time.perf_counter, 1, clean, True),
     )
     ff.save(rt, root / "ours", {"model": state})
     save_dcp()
@@ -181,7 +181,7 @@ def measure_sharded(rt: ff.Runtime, rounds: int) -> dict[str, dict[str, float]]:
             "DCP again (noise)": load_dcp,
             "fabricfn": lambda: ff.load(rt, root / "ours", {"model": state}),
         },
-        *(rounds, time.perf_counter, 1),
+        *(rounds, time.perf_counter, 1, lambda: None, True),
     )
     clean()
     ff.run_once(rt, root.rmdir)

@@ -50,7 +50,7 @@ Each field of a manifest removed or replaced, links, pipes, sockets, devices, ho
 empty lists, arrangements of pieces that are costly to tell apart; and manifests changed at random by hypothesis, signed
 again. Each must end as an error or as the load that an independent reader of the same files finds, within 1 s of CPU
 and, held by the kernel, within twice the size of the files plus 96 MiB of address space. Time and memory grow with the
-manifest, which is refused beyond 64 MiB: JSON made for it takes 0.3 s and up to 27 MiB a MiB.
+manifest, which is refused beyond 64 MiB: JSON made for it takes 0.3 s and up to 35 MiB a MiB.
 """,
     "R8": """## A rank breaks
 

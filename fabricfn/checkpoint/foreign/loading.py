@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from fabricfn.checkpoint.foreign.places import opened_raw
 from fabricfn.checkpoint.foreign.values import PLAIN, Keys, Refused, Stored, leaves, settled
 from fabricfn.checkpoint.format.manifest import class_of
 from fabricfn.checkpoint.loading import Loaded
+from fabricfn.checkpoint.readers import by_readers
 from fabricfn.checkpoint.storage.objects import unresolved
 from fabricfn.checkpoint.trees.outline import MAPPINGS, listing, places
 from fabricfn.errors import CheckpointError, MismatchError
@@ -26,10 +26,6 @@ from fabricfn.records import Model
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import local_of
 from fabricfn.states import Optimizer
-
-READERS = 4
-FEW_BYTES = 8 << 20
-"""Below this, threads cost more than they save."""
 
 
 def load_raw(
@@ -112,7 +108,7 @@ def load_raw(
             )
 
         def fill() -> tuple[Any, None]:
-            values = values_of(filling, lambda work, items: _run(work, items, filling))
+            values = values_of(filling, lambda work, items: _run(rt, work, items, filling))
             tree = make(values)
             if strict:
                 return tree, None
@@ -132,16 +128,13 @@ def _misfit(path: Path, problems: Sequence[str]) -> str:
     )
 
 
-def _run(work: Callable[[Any], Any], items: list[Any], filling: Filling) -> list[Any]:
-    """The work on all items, by a few threads where much is to be read."""
+def _run(rt: Runtime, work: Callable[[Any], Any], items: list[Any], filling: Filling) -> list[Any]:
+    """The work on all items, read at the same time where it is worth it."""
     wanted = 0
     for stored, like, _ in filling.wants:
         shape = torch.Size(stored.shape) if like is None else local_of(like).shape
         wanted += shape.numel() * stored.dtype.itemsize
-    if wanted < FEW_BYTES:
-        return list(map(work, items))
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(work, items))
+    return by_readers(rt.world, work, items, wanted)
 
 
 def _put(rest: dict[str | int, Any], keys: Keys, value: Any) -> None:

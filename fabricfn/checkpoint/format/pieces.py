@@ -1,10 +1,10 @@
 """An open checkpoint, and parts of it by position: every block that is read is checked. No torch."""
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fabricfn.checkpoint.format.checksums import crc32
 from fabricfn.checkpoint.format.manifest import BLOCK, Manifest, Piece
 from fabricfn.checkpoint.format.writing import Entry, header
 from fabricfn.errors import CheckpointError
@@ -118,7 +118,7 @@ class PieceReader:
         filled = self.source.read(self.piece.file, begin, blocks)
         for at in range(0, blocks.nbytes, BLOCK):
             block, number = blocks[at : at + BLOCK], first + at // BLOCK
-            if at + block.nbytes <= filled and zlib.crc32(block) == self.piece.crc32[number]:
+            if at + block.nbytes <= filled and crc32(block, 0) == self.piece.crc32[number]:
                 continue
             name = self.source.manifest.files[self.piece.file][0]
             raise CheckpointError(

@@ -6,11 +6,11 @@ safetensors' own writer does not fsync and makes files that only the owner can r
 import json
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+from fabricfn.checkpoint.format.checksums import crc32
 from fabricfn.checkpoint.format.manifest import BLOCK, DTYPES, Leaf, Piece, stored_as
 
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -98,10 +98,10 @@ def _put_part(
             block = chunk[begin : begin + room]
             if block.nbytes > SMALL:
                 writing = helper.submit(put_large, block)
-                crc = zlib.crc32(block, crc)
+                crc = crc32(block, crc)
                 writing.result()
             else:
-                crc = zlib.crc32(block, crc)
+                crc = crc32(block, crc)
                 put(block)
             room -= block.nbytes
             if room == 0:

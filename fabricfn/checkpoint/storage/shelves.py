@@ -1,4 +1,4 @@
-"""A folder of checkpoints, on a disk or at a URL: what may be a checkpoint there, and how one is removed. No torch."""
+"""A folder of checkpoints, on a disk or at a URL: what may be a checkpoint there. No torch."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fabricfn.checkpoint.format.manifest import DATA, MANIFEST
-from fabricfn.checkpoint.storage import commit
 from fabricfn.checkpoint.storage.objects import (
     Objects,
     Options,
@@ -19,7 +18,6 @@ from fabricfn.checkpoint.storage.objects import (
     url_of,
 )
 from fabricfn.checkpoint.storage.opening import ASIDE, standing
-from fabricfn.checkpoint.storage.uploading import remove_at_url
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,20 +84,6 @@ def _shelf_at_url(objects: Objects) -> Shelf:
         begun=lambda name: not {MANIFEST, DATA}.isdisjoint(listed(objects, name)),
         is_checkpoint=lambda: is_object(objects, MANIFEST),
     )
-
-
-def remove(path: str | os.PathLike[str], options: Options = None) -> None:
-    """Remove a checkpoint at a path or URL, its manifest first: a removal that is killed leaves nothing whole-looking.
-
-    Args:
-        path: the checkpoint, by `list_checkpoints`; what is gone already is no matter.
-        options: of the file system of a URL.
-    """
-    url = url_of(path)
-    if url is None:
-        commit.remove(local_path(path))
-    else:
-        remove_at_url(url, options)
 
 
 def name_of(place: Path | str) -> str:

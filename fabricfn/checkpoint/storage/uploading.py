@@ -91,16 +91,21 @@ def check_target(objects: Objects) -> None:
     names = listed(objects)
     if not names and is_object(objects):
         raise CheckpointError(f"{url} is an object; a checkpoint is a prefix with objects of its own: {url}/step-1.")
-    found = foreign(list(names), lambda: listed(objects, DATA))
-    if found:
-        raise CheckpointError(
-            f"{url} holds objects that no checkpoint has ({', '.join(found[:3])}). Name a prefix of its own:"
-            f" {url}/step-1."
-        )
+    check_foreign(objects)
     if MANIFEST in names and not objects.replaces:
         raise CheckpointError(
             f"{url} has a checkpoint already, and {url.partition('://')[0]}:// cannot replace a file in one step: a"
             " crash would leave neither. Save under a name that is free, and remove the old one afterwards."
+        )
+
+
+def check_foreign(objects: Objects) -> None:
+    """Refuse a prefix that holds objects of others."""
+    found = foreign(list(listed(objects)), lambda: listed(objects, DATA))
+    if found:
+        raise CheckpointError(
+            f"{objects.url} holds objects that no checkpoint has ({', '.join(found[:3])}). Name a prefix of its own:"
+            f" {objects.url}/step-1."
         )
 
 
@@ -159,7 +164,7 @@ def _put_manifest(objects: Objects, data: bytes) -> None:
 def _tidy(objects: Objects, mine: set[str], replaced: Iterable[str]) -> None:
     """Delete the data of the checkpoint that was replaced, and of saves that are surely dead."""
     delete(objects, set(replaced) - mine)
-    delete(objects, _exported(objects))
+    delete(objects, exported(objects))
     strays = [name for name in data_names(objects) if name not in mine]
     now = modified(objects, min(mine)) if strays and mine else None
     if now is None:
@@ -168,17 +173,6 @@ def _tidy(objects: Objects, mine: set[str], replaced: Iterable[str]) -> None:
     delete(objects, (name for name, time in zip(strays, times, strict=True) if time and now - time > DEAD))
 
 
-def _exported(objects: Objects) -> list[str]:
+def exported(objects: Objects) -> list[str]:
     """The files of an export, which came with a checkpoint that was copied from a disk."""
     return [name for name in listed(objects) if EXPORTED.fullmatch(name)]
-
-
-def remove_at_url(url: str, options: Options) -> None:
-    """Delete a checkpoint, its manifest first: a removal that is killed leaves nothing that looks whole."""
-    objects = objects_at(url, options)
-    delete(objects, [MANIFEST])
-    delete(objects, [*data_names(objects), *_exported(objects)])
-    if not objects.replaces:
-        for folder in (DATA, ""):
-            with contextlib.suppress(Exception):  # not empty, or gone
-                objects.fs.rmdir(objects.at(folder).rstrip("/"))
