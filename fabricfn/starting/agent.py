@@ -128,14 +128,15 @@ class _Agent(LocalElasticAgent):
         if self.aloud or self._remaining_restarts:
             again = f"\nfabricfn: restart {self._restarts() + 1} of {self._worker_group.spec.max_restarts}"
             print(story(self.outcome) + again * bool(self._remaining_restarts), file=sys.stderr, flush=True)
-        pids: dict[int, int] = {} if self._pcontext is None else self._pcontext.pids()
+        context: Any = self._pcontext
+        pids: dict[int, int] = {} if context is None else context.pids()
         first = next((local for local in pids if ranks[local] == self.outcome.failed_rank), None)
-        signal_all(pid for local, pid in pids.items() if local not in (first, *_ended(self._pcontext)))
+        signal_all(pid for local, pid in pids.items() if local not in (first, *_ended(context)))
         deadline = time.monotonic() + STOPPING
-        while first is not None and first not in _ended(self._pcontext) and time.monotonic() < deadline:
+        while first is not None and first not in _ended(context) and time.monotonic() < deadline:
             time.sleep(0.005)
-        if self._pcontext is not None:
-            self._pcontext.close(timeout=max(0.1, deadline - time.monotonic()))
+        if context is not None:
+            context.close(timeout=max(0.1, deadline - time.monotonic()))
         end_sessions(pids.values())
         return True
 

@@ -83,6 +83,6 @@ def story(outcome: Outcome) -> str:
 def how_it_ended(outcome: Outcome) -> str:
     """The end of a rank that left no exception, in words."""
     if outcome.status == 0:
-        return "has left with status 0 while the others went on"
+        return "left with status 0 while the others went on"
     hint = "; was the machine out of memory?" if outcome.status == -signal.SIGKILL else ""
     return ending(outcome.status) + hint

@@ -38,7 +38,7 @@ def gathering(rt):
     ff.all_gather_object(rt, [rt.rank])
 
 
-KINDS = {"collective": collective, "step": step, "saving": saving, "gathering": gathering}
+KINDS = {"collective": collective, "saving": saving, "gathering": gathering, "step": step}
 
 
 def forked(size, times, kinds):
