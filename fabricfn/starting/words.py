@@ -32,6 +32,8 @@ def tell_uncaught(topology: Topology) -> None:
     A hook of the user's that was there before is called, too.
     """
     before = sys.excepthook
+    if before.__module__ == __name__:  # of an earlier runtime of this process
+        return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failure = record(error, topology.rank)
