@@ -25,6 +25,7 @@ FLOORS = (
         "errands",
         "flat",
         "sharding",
+        "meshes",
     ),  # facts, and plain machinery
     # behind a model; permutations with random access; the loss scale; global generators; who waits for whom
     ("engine", "permutations", "scaling", "generators", "watching"),

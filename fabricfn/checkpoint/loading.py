@@ -111,6 +111,7 @@ def load(
         ...     ff.load(rt, receipt.path, {"w": torch.zeros(2), "cursor": ff.Cursor()})
         {'w': tensor([1., 1.]), 'cursor': Cursor(seed=0, epoch=3, index=0)}
     """
+    rt = rt.whole
     what, where = f"ff.load of {path!s:.300}", caller() if donate else None
     wrap = remainder or not strict
 

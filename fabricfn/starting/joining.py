@@ -135,7 +135,7 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
     elif world.group is not None:
         world = dataclasses.replace(world, watch=_WATCHES.get(world.group))
     rt = Runtime(
-        world=world,
+        world=strategy.arrange(world),
         precision=Precision.parse(request.precision),
         strategy=strategy,
         accelerator=choice.accelerator,
@@ -215,10 +215,10 @@ def shutdown(rt: Runtime) -> None:
         >>> ff.shutdown(rt)
     """
     try:
-        finish(rt.world)
+        finish(rt.world.whole)
     finally:
         uninstall(rt.stop)
-        if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.group:
+        if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.whole.group:
             say_goodbye(sys.exc_info()[1] or getattr(sys, "last_value", None))
             dist.destroy_process_group()
             # The group itself lives on, since records hold it: its threads are not joined.
