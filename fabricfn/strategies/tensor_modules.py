@@ -1,5 +1,6 @@
 """A net whose sub-modules compute on tensor-parallel peers: the plan carried out by torch's `parallelize_module`."""
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, cast
 
@@ -37,7 +38,8 @@ class Around(ParallelStyle):
         def enter(_: nn.Module, args: tuple[Any, ...], mesh: DeviceMesh) -> Any:
             nonlocal came_cut
             came_cut = any(map(is_sharded, args))
-            return tree_map(lambda leaf: placed(leaf, mesh, placements), args)
+            place: Callable[[Any], Any] = functools.partial(placed, mesh=mesh, placements=placements)
+            return tree_map(place, args)
 
         def leave(_: nn.Module, result: Any, mesh: DeviceMesh) -> Any:
             return result if came_cut and self.placement.is_shard() else plain(result)
@@ -50,8 +52,10 @@ class Colwise(ColwiseParallel):
     """torch's, which takes an input as it is placed, and may then move the weight in place of it."""
 
     @staticmethod
-    def _prepare_input_fn(input_layouts: Any, desired: Any, mod: Any, inputs: Any, device_mesh: DeviceMesh) -> Any:
-        return placed(inputs[0], device_mesh, desired)
+    def _prepare_input_fn(
+        input_layouts: Any, desired_input_layouts: Any, mod: Any, inputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        return placed(inputs[0], device_mesh, desired_input_layouts)
 
 
 def placed(leaf: Any, mesh: DeviceMesh, placements: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fabricfn.sharding import local_of, sharded_as, with_local
-from fabricfn.strategies.tensor_losses import on_whole_placed
+from fabricfn.strategies.tensor_losses import on_whole_everywhere
 
 _aten: Any = torch.ops.aten
 
@@ -50,6 +50,6 @@ RULES: dict[Any, Any] = {
     **dict.fromkeys((_aten.rand_like.default, _aten.randn_like.default), make),
     **dict.fromkeys((_aten.randint_like.default, _aten.randint_like.low_dtype), make),
     _aten.native_dropout.default: dropout,
-    _aten.bernoulli.default: on_whole_placed,
+    _aten.bernoulli.default: on_whole_everywhere,
 }
 """operation -> what is done instead, where its tensor is cut."""
