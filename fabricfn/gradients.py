@@ -154,8 +154,8 @@ def accumulate(
             if in_step and len(set(everyone)) > 1:
                 raise ConfigurationError(
                     f"strategy={rt.strategy.name!r} talks to other ranks in every micro-batch, so all ranks need"
-                    f" equally many; they have {everyone} (this is rank {rt.global_rank}). Cut the batch of every rank"
-                    " into the same number of parts, for instance with x.tensor_split(k)."
+                    f" equally many; they have {everyone} (rank {rt.global_rank} has {len(microbatches)}). Cut the"
+                    " batch of every rank into the same number of parts, for instance with x.tensor_split(k)."
                 )
             key = None if rng is None else (rng, sum(counts[: rt.rank]))
         loss, aux, grads = differentiate(rt, job, models, one_ahead(microbatches), key)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import fabricfn as ff
 from fabricfn import testing
-from fabricfn.sharding import is_sharded, local_of
+from fabricfn.sharding import is_sharded, local_of, sharded_as
 from fabricfn.strategies.tensor_plans import assigned
 from fabricfn.testing import cases
 
@@ -232,6 +232,9 @@ def test_a_target_that_is_no_class_is_refused_and_a_loss_that_needs_whole_logits
     strategy = parallel(plan={"0": "colwise_gathered", "1": "colwise"})
     with pytest.raises(RuntimeError, match="out of bounds, there are 6 classes"):
         double(ranks, parts_to_loss, strategy, lambda x, y: F.cross_entropy(x, TARGETS + 1), world_size=2)
+    parts = parallel(plan={"0": "colwise_gathered", "1": ColwiseParallel()})
+    with pytest.raises(IndexError, match=r'(?s)out of bounds.*the word "colwise"'):
+        double(ranks, parts_to_loss, parts, lambda x, y: F.cross_entropy(x, TARGETS), world_size=2)
     with pytest.raises(ff.CapabilityError, match='or "colwise_gathered" for that module'):
         double(
             ranks, parts_to_loss, strategy, lambda x, y: F.cross_entropy(x, TARGETS, label_smoothing=0.2), world_size=2
@@ -308,7 +311,24 @@ def test_peers_share_rank_data_and_keys_and_axes_have_names(ranks):
 
 def once(rt):
     ff.barrier(rt, "all")
+    ff.check_replicas(rt, {"rank": rt.rank // 2})
+    with pytest.raises(ff.MismatchError, match="ranks 0, 2 against ranks 1, 3"):
+        ff.check_replicas(rt, {"peer": rt.global_rank % 2})
     return ff.run_once(rt, lambda: rt.global_rank)
+
+
+def started(rt):
+    model = ff.setup_model(rt, NETS[True])
+    loss, grads = ff.value_and_grad(rt, cross_entropy)(model, mine(rt))
+    return (rt.rank, rt.world_size, rt.global_rank), ff_full(grads.params["blocks.0.up.weight"])
+
+
+def test_a_runtime_is_laid_out_where_processes_start(ranks):
+    found = ff.launch(started, devices=2, accelerator="cpu", precision=64, strategy=parallel())
+    assert [place for place, _ in found] == [(0, 1, 0), (0, 1, 1)]
+    ((_, expected),) = double(ranks, started, "single", world_size=1)
+    for _, grad in found:
+        close(grad, expected)
 
 
 def test_one_process_prints_and_runs_once(ranks, capsys):
@@ -355,6 +375,25 @@ def test_parts_of_random_tensors_are_those_of_the_whole(processes):
 # Values
 
 
+def matched(net, x):
+    return F.mse_loss(net(x), net[1](torch.tanh(net[0](x * 2))))
+
+
+def at_inputs(rt):
+    """The graph outlives the run."""
+    net = cases.initialised(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6)), 2)
+    x = cases.filled((8, 3), torch.float64, 3).requires_grad_()
+    (grad,) = torch.autograd.grad(ff.apply(rt, ff.setup_model(rt, net), x, method=matched), x)
+    return grad
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_gradients_of_inputs(ranks, fsdp):
+    (expected,) = double(ranks, at_inputs, "single", world_size=1)
+    for found in double(ranks, at_inputs, parallel(plan={"0": "colwise_gathered", "1": "colwise"}, fsdp=fsdp)):
+        close(found, expected)
+
+
 def after(rt):
     model = ff.setup_model(rt, NETS[True])
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -374,10 +413,19 @@ def wholes(rt, state):
     return {"params": ff.gather_params(rt, state["model"]), "momentum": momentum, "step": state["opt"].step}
 
 
-def read(rt, paths):
+def read(rt, paths, states):
+    """Each file has the numbers of its state: compared part by part, so that nothing is gathered."""
     model = ff.setup_model(rt, NETS[True])
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1, momentum=0.9)
-    return [wholes(rt, ff.load(rt, path, like={"model": model, "opt": opt})) for path in paths]
+    for path, state in zip(paths, states, strict=True):
+        loaded = ff.load(rt, path, like={"model": model, "opt": opt})
+        assert loaded["opt"].step == state["step"]
+        momentum = {name: slots["momentum_buffer"] for name, slots in loaded["opt"].state.items()}
+        for values, expected in ((loaded["model"].params, state["params"]), (momentum, state["momentum"])):
+            assert values.keys() == expected.keys()
+            for name, value in values.items():
+                part = sharded_as(value, expected[name]) if is_sharded(value) else expected[name]
+                assert torch.equal(local_of(value), local_of(part)), (path, name)
 
 
 LAYOUTS = {
@@ -398,8 +446,7 @@ def test_every_layout_loads_what_every_other_saved(ranks, tmp_path):
         for (strategy, size), path in zip(LAYOUTS.values(), paths, strict=True)
     ]
     for strategy, size in LAYOUTS.values():
-        for found in double(ranks, read, strategy, paths, world_size=size):
-            close(found, states, 0.0)
+        double(ranks, read, strategy, paths, states, world_size=size)
     for state in states:
         close(state, states[0])
 

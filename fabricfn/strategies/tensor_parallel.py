@@ -182,6 +182,12 @@ def refusing(frames: Sequence[Frame]) -> Generator[None]:
     """Turns torch's error for an operation that it has no way to do on parts into ours."""
     try:
         yield
+    except IndexError as error:
+        error.add_note(
+            "(Under model_parallel torch's own styles hand out parts as plain tensors, which losses take for the whole:"
+            ' give the layer that makes logits the word "colwise".)'
+        )
+        raise
     except (RuntimeError, NotImplementedError) as error:
         if not any(word in str(error) for word in ("DTensor", "harding ", "sharded tensor")):
             raise
