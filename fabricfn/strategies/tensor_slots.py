@@ -110,24 +110,26 @@ def means(frames: Sequence[Frame], world: World, peers: Peers, allow_unused: boo
             torch.zeros_like(local_of(slot)) if there and part is None else part
             for part, slot, there in zip(parts, slots, somewhere, strict=True)
         ]
-    if peers.unchecked:
-        own = iter(parts)
-        compare(frames, [as_values(frame, [next(own) for _ in frame.slots]) for frame in frames], peers)
-    for at_whole, group in ((False, world.group), (True, world.whole.group)):
-        places = [
-            place
-            for place, (part, slot) in enumerate(zip(parts, slots, strict=True))
-            if part is not None and (like_of(slot) is None) is at_whole
-        ]
-        found = [part for place in places if (part := parts[place]) is not None]
-        if group is not None:
-            for place, mean in zip(places, mean_in(peers.reduce_dtype, found, group), strict=True):
-                parts[place] = mean
-    rest = iter(parts)
-    taken = [as_values(frame, [next(rest) for _ in frame.slots]) for frame in frames]
+
+    def taken() -> list[list[torch.Tensor | None]]:
+        rest = iter(parts)
+        return [as_values(frame, [next(rest) for _ in frame.slots]) for frame in frames]
+
     if not allow_unused:
-        require_all(frames, taken)
-    return taken
+        require_all(frames, taken())
+    if peers.unchecked:
+        compare(frames, taken(), peers)
+    for wholes, group in ((False, world.group), (True, world.whole.group)):
+        found = [
+            (place, part)
+            for place, (part, slot) in enumerate(zip(parts, slots, strict=True))
+            if part is not None and is_whole(like_of(slot)) is wholes
+        ]
+        if group is not None:
+            averaged = mean_in(peers.reduce_dtype, [part for _, part in found], group)
+            for (place, _), mean in zip(found, averaged, strict=True):
+                parts[place] = mean
+    return taken()
 
 
 def is_whole(value: Any) -> bool:
