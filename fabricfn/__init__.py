@@ -77,6 +77,10 @@ if TYPE_CHECKING:
         schedule_from_torch as schedule_from_torch,
         setup_optimizer as setup_optimizer,
     )
+    from fabricfn.pipelining import (
+        pipeline_value as pipeline_value,
+        pipeline_value_and_grad as pipeline_value_and_grad,
+    )
     from fabricfn.precision import DynamicScale as DynamicScale, Precision as Precision
     from fabricfn.random import Key as Key, fold_in as fold_in, key as key, split as split
     from fabricfn.records import Cursor as Cursor, Grads as Grads, Model as Model
@@ -118,6 +122,7 @@ else:
         "gathering": "gather_params to_module unsharded",
         "modes": "eval_mode train_mode map_params",
         "gradients": "value_and_grad value accumulate",
+        "pipelining": "pipeline_value_and_grad pipeline_value",
         "clipping": "clip_gradients",
         "optimizers": "setup_optimizer optimizer_step schedule_from_torch reduce_on_plateau",
         "states": "Optimizer",

@@ -15,16 +15,19 @@ from fabricfn import testing
 from fabricfn.accelerators import AUTO_ORDER
 from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.precision import NAMES as PRECISIONS, check_name
-from fabricfn.strategies import NAMES, NEED_MORE, PRESETS, model_parallel
+from fabricfn.strategies import NAMES, NEED_MORE, PRESETS, model_parallel, pipeline
 
 PAGE = Path(__file__).parent.parent / "docs" / "strategies.md"
 BEGIN, END = "<!-- made by tests/test_capabilities.py -->", "<!-- end -->"
 
-PLANNED = {"model_parallel": lambda: model_parallel({"*": "colwise_gathered"}, tensor_parallel=2)}
+PLANNED = {
+    "model_parallel": lambda: model_parallel({"*": "colwise_gathered"}, tensor_parallel=2),
+    "pipeline": lambda: pipeline([["used"], ["unused"]]),
+}
 """Strategies that take an argument, with one that fits the nets below."""
 
 MAKERS = NAMES | PRESETS | PLANNED
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE = {"pipeline": "test_pipeline.py"}
 """Strategies whose cells are held by another test file, since threads cannot run them."""
 SAME = {"ddp_spawn": "ddp", "ddp_fork": "ddp", "ddp_notebook": "ddp"}
 HERE = {name: make for name, make in MAKERS.items() if name not in ELSEWHERE and name not in SAME}

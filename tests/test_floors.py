@@ -48,8 +48,10 @@ FLOORS = (
         "optimizers",
         "data",
         "checkpoint",
+        "relays",
     ),  # verbs
-    ("facts",),  # what there is on this machine, and what a command line would start on it
+    # what there is on this machine, and what a command line would start on it; gradients of a net in stages
+    ("facts", "pipelining"),
     ("testing", "cli"),  # worlds, cases, laws; the command line
     ("__init__", "__main__"),  # every public name; python -m fabricfn
 )

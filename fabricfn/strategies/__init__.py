@@ -15,6 +15,7 @@ from fabricfn.strategy import Strategy
 
 if TYPE_CHECKING:
     from fabricfn.strategies.deepspeed_zero import deepspeed as deepspeed
+    from fabricfn.strategies.pipeline_parallel import pipeline as pipeline
     from fabricfn.strategies.sharded import fsdp as fsdp
     from fabricfn.strategies.tensor_parallel import model_parallel as model_parallel
 
@@ -22,6 +23,7 @@ _LATE = {
     "fsdp": "fabricfn.strategies.sharded",
     "deepspeed": "fabricfn.strategies.deepspeed_zero",
     "model_parallel": "fabricfn.strategies.tensor_parallel",
+    "pipeline": "fabricfn.strategies.pipeline_parallel",
 }
 """Not imported at the top: importing DTensor takes 0.7 s."""
 
@@ -76,7 +78,9 @@ EXTRAS: dict[str, Callable[[], Strategy]] = {
 
 NEED_MORE = {
     "model_parallel": 'a plan that says which layers are cut. Write strategy=ff.strategies.model_parallel({"*.up":'
-    ' "colwise", "*.down": "rowwise"}, tensor_parallel=2)'
+    ' "colwise", "*.down": "rowwise"}, tensor_parallel=2)',
+    "pipeline": "a list of stages. Write strategy="
+    'ff.strategies.pipeline([["embed", "blocks.0"], ["blocks.1", "head"]])',
 }
 """Names of strategies that are no use without an argument, and which one."""
 
