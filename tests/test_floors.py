@@ -23,6 +23,7 @@ FLOORS = (
         "environments",
         "failures",
         "errands",
+        "loggers",
         "flat",
         "sharding",
     ),  # facts, and plain machinery
@@ -38,6 +39,8 @@ FLOORS = (
     (
         "starting",
         "reporting",
+        "hooks",
+        "progress_bars",
         "stopping",
         "model",
         "gathering",
@@ -48,7 +51,7 @@ FLOORS = (
         "data",
         "checkpoint",
     ),  # verbs
-    ("facts",),  # what there is on this machine, and what a command line would start on it
+    ("facts", "figures"),  # what there is on this machine; what a run measures
     ("testing", "cli"),  # worlds, cases, laws; the command line
     ("__init__", "__main__"),  # every public name; python -m fabricfn
 )
@@ -60,6 +63,8 @@ OPTIONAL: dict[str, set[str]] = {
     "checkpoint.storage.objects": {"fsspec"},
     "checkpoint.format.checksums": {"isal"},
     "environments.mpi": {"mpi4py"},
+    "loggers.tensorboard_events": {"torch"},  # whose `tensorboard` needs that package
+    "progress_bars": {"tqdm"},
 }
 
 # The files that name a library which belongs to them alone.
