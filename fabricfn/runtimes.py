@@ -1,11 +1,13 @@
 """The Runtime record: what the functions of this package need to know, and nothing that changes."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fabricfn.interrupts import StopFlag
+from fabricfn.loggers.journal import Journal
+from fabricfn.loggers.logger import Logger
 from fabricfn.precision import Precision
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
@@ -35,6 +37,10 @@ class Runtime:
     """Decides the order of data (see `batches`); keys are made from it by `ff.key(rt.seed)`."""
     owns_group: bool = False
     """Whether this runtime made the process group, which `shutdown` then destroys."""
+    callbacks: tuple[Any, ...] = ()
+    """Whose hooks `call` calls."""
+    journal: Journal = dataclasses.field(default_factory=lambda: Journal(loggers=()), repr=False, compare=False)
+    """The loggers, and the rows that wait to be written."""
     stop: StopFlag | None = dataclasses.field(default=None, repr=False, compare=False)
     """What the stop signals set; `should_stop` asks it. None outside the main thread."""
 
@@ -42,6 +48,11 @@ class Runtime:
     def device(self) -> torch.device:
         """The device of this process."""
         return self.world.device
+
+    @property
+    def loggers(self) -> tuple[Logger, ...]:
+        """Where `log` writes."""
+        return self.journal.loggers
 
     @property
     def rank(self) -> int:

@@ -23,6 +23,7 @@ FLOORS = (
         "environments",
         "failures",
         "errands",
+        "loggers",
         "flat",
         "sharding",
         "meshes",
@@ -39,6 +40,8 @@ FLOORS = (
     (
         "starting",
         "reporting",
+        "hooks",
+        "progress_bars",
         "stopping",
         "model",
         "gathering",
@@ -50,8 +53,8 @@ FLOORS = (
         "checkpoint",
         "relays",
     ),  # verbs
-    # what there is on this machine, and what a command line would start on it; gradients of a net in stages
-    ("facts", "pipelining"),
+    # what there is on this machine; what a run measures; gradients of a net in stages
+    ("facts", "figures", "pipelining"),
     ("testing", "cli"),  # worlds, cases, laws; the command line
     ("__init__", "__main__"),  # every public name; python -m fabricfn
 )
@@ -63,6 +66,8 @@ OPTIONAL: dict[str, set[str]] = {
     "checkpoint.storage.objects": {"fsspec"},
     "checkpoint.format.checksums": {"isal"},
     "environments.mpi": {"mpi4py"},
+    "loggers.tensorboard_events": {"torch"},  # whose `tensorboard` needs that package
+    "progress_bars": {"tqdm"},
 }
 
 # The files that name a library which belongs to them alone.

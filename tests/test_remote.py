@@ -317,7 +317,9 @@ def test_what_is_there_is_listed_by_number(store, tmp_path):
         assert ff.latest("faulty://run") == "faulty://run/step-9"
     with pytest.raises(CheckpointError, match="is a checkpoint itself"):
         ff.latest("faulty://run/step-2")
-    with pytest.raises(CheckpointError, match=r"is a folder of checkpoints \(step-2, step-9\).*ff.latest\('faulty://run'\)"):
+    with pytest.raises(
+        CheckpointError, match=r"is a folder of checkpoints \(step-2, step-9\).*ff.latest\('faulty://run'\)"
+    ):
         ff.load(RT, "faulty://run")
     for name in ("a", "b"):  # no numbers: by time
         ff.save(RT, f"faulty://other/{name}", tree_of())

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from fabricfn import errands
 from fabricfn.checkpoint.jobs import Job, Receipt, carried_out, planned
-from fabricfn.checkpoint.progress import Progress
+from fabricfn.checkpoint.meters import Progress
 from fabricfn.checkpoint.snapshots import snapshot
 from fabricfn.checkpoint.trees.custom import CheckpointType
 from fabricfn.checkpoint.trees.outline import Only

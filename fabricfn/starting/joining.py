@@ -21,10 +21,11 @@ from fabricfn.environments import Topology
 from fabricfn.errands import finish
 from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import install, uninstall
+from fabricfn.loggers.journal import Journal, close
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.starting.meeting import open_store, settle
-from fabricfn.starting.request import Request, seconds
+from fabricfn.starting.request import Request, callbacks_of, loggers_of, seconds
 from fabricfn.starting.words import give_up
 from fabricfn.strategies import dp, resolve
 from fabricfn.watching import Watch, check_everything, guard, shared_memory
@@ -142,9 +143,11 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
         environment=topology.name,
         seed=request.seed or 0,
         owns_group=owns_group,
+        callbacks=callbacks_of(request),
+        journal=Journal(loggers=loggers_of(request)),
         stop=install(request.stop_signals),
     )
-    if owns_group:
+    if owns_group or rt.loggers:
         # Four gloo ranks that leave without destroying their group: 5 of 6 runs ended in SIGABRT.
         atexit.register(_shutdown_at_exit, rt, os.getpid())
     return rt
@@ -216,6 +219,13 @@ def shutdown(rt: Runtime) -> None:
     """
     try:
         finish(rt.world.whole)
+    finally:
+        _let_go(rt)
+
+
+def _let_go(rt: Runtime) -> None:
+    try:
+        close(rt.journal)
     finally:
         uninstall(rt.stop)
         if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.whole.group:
