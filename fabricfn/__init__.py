@@ -6,7 +6,7 @@ Start with `docs/loop.md`. `import fabricfn` imports nothing: a name is looked u
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fabricfn import errors as errors, strategies as strategies, testing as testing
+    from fabricfn import errors as errors, loggers as loggers, strategies as strategies, testing as testing
     from fabricfn.checkpoint import (
         CheckpointType as CheckpointType,
         Loaded as Loaded,
@@ -57,6 +57,15 @@ if TYPE_CHECKING:
         PeerError as PeerError,
     )
     from fabricfn.facts import environment_report as environment_report
+    from fabricfn.figures import (
+        flush_logs as flush_logs,
+        log as log,
+        log_dict as log_dict,
+        log_graph as log_graph,
+        log_hyperparams as log_hyperparams,
+        log_image as log_image,
+        log_text as log_text,
+    )
     from fabricfn.gathering import gather_params as gather_params, to_module as to_module, unsharded as unsharded
     from fabricfn.generators import (
         random_state as random_state,
@@ -64,6 +73,7 @@ if TYPE_CHECKING:
         set_random_state as set_random_state,
     )
     from fabricfn.gradients import accumulate as accumulate, value as value, value_and_grad as value_and_grad
+    from fabricfn.hooks import call as call
     from fabricfn.model import (
         apply as apply,
         autocast as autocast,
@@ -77,7 +87,12 @@ if TYPE_CHECKING:
         schedule_from_torch as schedule_from_torch,
         setup_optimizer as setup_optimizer,
     )
+    from fabricfn.pipelining import (
+        pipeline_value as pipeline_value,
+        pipeline_value_and_grad as pipeline_value_and_grad,
+    )
     from fabricfn.precision import DynamicScale as DynamicScale, Precision as Precision
+    from fabricfn.progress_bars import progress as progress
     from fabricfn.random import Key as Key, fold_in as fold_in, key as key, split as split
     from fabricfn.records import Cursor as Cursor, Grads as Grads, Model as Model
     from fabricfn.replicas import check_replicas as check_replicas
@@ -118,6 +133,7 @@ else:
         "gathering": "gather_params to_module unsharded",
         "modes": "eval_mode train_mode map_params",
         "gradients": "value_and_grad value accumulate",
+        "pipelining": "pipeline_value_and_grad pipeline_value",
         "clipping": "clip_gradients",
         "optimizers": "setup_optimizer optimizer_step schedule_from_torch reduce_on_plateau",
         "states": "Optimizer",
@@ -137,6 +153,9 @@ else:
             " all_gather_object"
         ),
         "reporting": "print run_once rank_zero_first is_shared_filesystem",
+        "figures": "log log_dict log_hyperparams log_text log_image log_graph flush_logs",
+        "hooks": "call",
+        "progress_bars": "progress",
         "replicas": "check_replicas",
         "stopping": "should_stop",
         # what can go wrong
@@ -150,7 +169,7 @@ else:
         "generators": "seed_everything random_state set_random_state",
     }
     _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
-    _MODULES = ("errors", "strategies", "testing")
+    _MODULES = ("errors", "loggers", "strategies", "testing")
     __all__ = list(_HOMES) + list(_MODULES)
 
     def __getattr__(name):

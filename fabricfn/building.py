@@ -86,7 +86,7 @@ def build(
     tape: Tape | None = None,
 ) -> tuple[Engine, dict[str, torch.Tensor]]:
     """The engine of a module, with its first frame tied to the strategy, and the values. Every rank must call it."""
-    strategy, world = rt.strategy, rt.world
+    strategy, world = rt.strategy, rt.world.whole
     shard = None if world.group is None else strategy.shard
     check_module(module, may_be_meta=shard is not None)
     module, compiled = uncompiled(module)
@@ -107,7 +107,7 @@ def build(
         recompute(net, () if frozen else again)
         if options is not None:
             net.compile(**options)
-        return make_frame(net, strategy.attach(net, world, rt.precision, frozen=frozen))
+        return make_frame(net, strategy.attach(net, rt.world, rt.precision, frozen=frozen))
 
     def grow(frozen: bool) -> Frame:
         # `.data`: what is detached shares its version counter, and binding this frame would spoil graphs of others
@@ -119,7 +119,7 @@ def build(
         else:
             frame.handle = None
             gc.collect()  # its hooks must be gone before the slots get new ones
-            frame.handle = strategy.attach(frame.net, world, rt.precision, frozen=False)
+            frame.handle = strategy.attach(frame.net, rt.world, rt.precision, frozen=False)
         frame.broken = False
 
     if shard is None:

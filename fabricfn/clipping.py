@@ -99,10 +99,10 @@ def clip_gradients(
         if whole is None:
             total_norm = _total_norm(records, tensors, order, rt.device)
         else:
-            total_norm = _sharded_norm(records, order, rt.world)
+            total_norm = _sharded_norm(records, order, rt.world.whole)
             tensors = [local_of(tensor) for tensor in tensors]
         if error_if_nonfinite and not torch.isfinite(total_norm):
-            raise GradientError(_blame(records, total_norm, rt.rank))
+            raise GradientError(_blame(records, total_norm, rt.global_rank))
         in_place = donate and overlap(tensors) is None  # a sum's two gradients may be views of one memory
         clipped = _clip(tensors, total_norm, max_norm, clip_val, in_place, rt.precision.loss_scale is not None)
         if whole is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fabricfn.errors import GradientError
+from fabricfn.sharding import local_of
 from fabricfn.tree import tree_unflatten
 
 if TYPE_CHECKING:
@@ -149,10 +150,11 @@ def separate(slots: Iterable[torch.Tensor]) -> int:
     Returns:
         How many of the slots have a gradient: what is added to these later is added in place.
     """
-    found = [(slot.grad.data_ptr(), slot.grad, slot) for slot in slots if slot.grad is not None]
+    grads = [(local_of(slot.grad), slot) for slot in slots if slot.grad is not None]
+    found = [(part.data_ptr(), part, slot) for part, slot in grads]
     end = 0
-    for start, grad, slot in sorted(found, key=operator.itemgetter(0)):
-        if start < end:
-            slot.grad = grad.clone()
-        end = max(end, start + grad.numel() * grad.element_size())
+    for start, part, slot in sorted(found, key=operator.itemgetter(0)):
+        if start < end and slot.grad is not None:
+            slot.grad = slot.grad.clone()
+        end = max(end, start + part.numel() * part.element_size())
     return len(found)

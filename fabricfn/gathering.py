@@ -42,7 +42,7 @@ def gather_params(rt: Runtime, model: Model, *, dst: int | None = None) -> dict[
         {'weight': (1, 2), 'bias': (1,)}
     """
     model.lease.check("Model")
-    wanted = dst is None or dst == rt.rank
+    wanted = dst is None or dst == rt.global_rank
     found: dict[str, torch.Tensor] = {}
     for name, value in model.params.items():
         tensor = whole(value) if wanted or is_sharded(value) else value

@@ -140,7 +140,7 @@ def accumulate(
     # by itself "canonical" adds up what there is, so it asks no strategy for it
     job = checked(rt, loss_fn, has_aux, weighted, allow_unused and not canonical, buffers)
     job = dataclasses.replace(job, allow_unused=allow_unused)
-    in_step = rt.strategy.shard is not None and rt.world.group is not None
+    in_step = rt.strategy.shard is not None and rt.world.whole.group is not None
 
     def grad_fn(models: Any, microbatches: Iterable[Any], *, rng: Key | None = None) -> tuple[Any, Any]:
         if canonical:
@@ -150,11 +150,12 @@ def accumulate(
         if rng is not None or in_step:
             microbatches = list(microbatches)
             counts = counts_of(len(microbatches), rt.world)
-            if in_step and len(set(counts)) > 1:
+            everyone = counts if rt.world.everyone is None else counts_of(len(microbatches), rt.world.whole)
+            if in_step and len(set(everyone)) > 1:
                 raise ConfigurationError(
-                    f"strategy={rt.strategy.name!r} gathers parameters in every micro-batch, so all ranks need equally"
-                    f" many; they have {counts} (rank {rt.rank} has {len(microbatches)}). Cut the batch of every rank"
-                    " into the same number of parts, for instance with x.tensor_split(k)."
+                    f"strategy={rt.strategy.name!r} talks to other ranks in every micro-batch, so all ranks need"
+                    f" equally many; they have {everyone} (rank {rt.global_rank} has {len(microbatches)}). Cut the"
+                    " batch of every rank into the same number of parts, for instance with x.tensor_split(k)."
                 )
             key = None if rng is None else (rng, sum(counts[: rt.rank]))
         loss, aux, grads = differentiate(rt, job, models, one_ahead(microbatches), key)

@@ -81,7 +81,7 @@ def setup_model(
     tape = None
     if not isinstance(module_or_factory, nn.Module):
         factory, donate = module_or_factory, True
-        if rt.strategy.shard is None or rt.world.group is None or rt.precision.convert is not None:
+        if rt.strategy.shard is None or rt.world.whole.group is None or rt.precision.convert is not None:
             module_or_factory = init_module(rt, factory)
         else:
             with default_dtype(rt):

@@ -47,6 +47,7 @@ def check_replicas(rt: Runtime, tree: Tree) -> None:
         >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
         >>> ff.check_replicas(rt, {"w": torch.ones(3), "epoch": 2})
     """
+    rt = rt.whole  # tensor-parallel peers, too, hold copies of what is not cut
     members = members_of(rt.world, None)
     parcel = take_apart(tree)
     agree(rt.world, members, "check_replicas()", parcel, None)

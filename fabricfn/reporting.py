@@ -38,7 +38,7 @@ def print(rt: Runtime, *args: Any, **options: Any) -> None:
         >>> ff.print(ff.init_runtime(accelerator="cpu"), "epoch", 3)
         epoch 3
     """
-    if rt.rank == 0:
+    if rt.global_rank == 0:
         options.setdefault("flush", True)
         builtins.print(*args, **options)
 
@@ -66,6 +66,7 @@ def run_once(rt: Runtime, fn: Callable[[], T], *, per_node: bool = False) -> T:
         >>> ff.run_once(ff.init_runtime(accelerator="cpu"), lambda: "run-7")
         'run-7'
     """
+    rt = rt.whole
     if rt.world.group is None:
         return fn()
     if not _goes_first(rt, per_node):
@@ -101,6 +102,7 @@ def rank_zero_first(rt: Runtime, *, per_node: bool = False) -> Generator[None]:
         >>> with ff.rank_zero_first(ff.init_runtime(accelerator="cpu")):
         ...     pass
     """
+    rt = rt.whole
     wait = counted(rt.world, "rank_zero_first", _told)
     if rt.world.group is None:
         yield
@@ -137,6 +139,7 @@ def is_shared_filesystem(rt: Runtime, path: str | os.PathLike[str]) -> bool:
         >>> ff.is_shared_filesystem(ff.init_runtime(accelerator="cpu"), tempfile.gettempdir())
         True
     """
+    rt = rt.whole
     if rt.world.group is None:
         return True
     place, word = run_once(rt, lambda: _leave_word(Path(path)))

@@ -1,13 +1,19 @@
 """The Runtime record: what the functions of this package need to know, and nothing that changes."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fabricfn.interrupts import StopFlag
+from fabricfn.loggers.journal import Journal
+from fabricfn.loggers.logger import Logger
 from fabricfn.precision import Precision
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,10 @@ class Runtime:
     """Whether this runtime made the process group, which `shutdown` then destroys."""
     attempt: int = 0
     """How often all ranks were started again before this time (`max_restarts`)."""
+    callbacks: tuple[Any, ...] = ()
+    """Whose hooks `call` calls."""
+    journal: Journal = dataclasses.field(default_factory=lambda: Journal(loggers=()), repr=False, compare=False)
+    """The loggers, and the rows that wait to be written."""
     stop: StopFlag | None = dataclasses.field(default=None, repr=False, compare=False)
     """What the stop signals set; `should_stop` asks it. None outside the main thread."""
 
@@ -42,9 +52,29 @@ class Runtime:
         return self.world.device
 
     @property
+    def loggers(self) -> tuple[Logger, ...]:
+        """Where `log` writes."""
+        return self.journal.loggers
+
+    @property
     def rank(self) -> int:
-        """0 .. world_size - 1, over all nodes."""
+        """0 .. world_size - 1, over all nodes; ranks that share a batch (tensor parallel) have the same one."""
         return self.world.rank
+
+    @property
+    def global_rank(self) -> int:
+        """The number of this process among all: `rank`, unless several processes share a batch."""
+        return self.world.whole.rank
+
+    @property
+    def mesh(self) -> "DeviceMesh | None":
+        """All ranks as an array with named axes, under a strategy that lays them out so; collectives take its axes."""
+        return self.world.mesh
+
+    @property
+    def whole(self) -> "Runtime":
+        """The same with ranks counted over all processes, for what concerns files and not data."""
+        return self if self.world.everyone is None else dataclasses.replace(self, world=self.world.everyone)
 
     @property
     def local_rank(self) -> int:
@@ -58,7 +88,7 @@ class Runtime:
 
     @property
     def world_size(self) -> int:
-        """The number of processes of the job."""
+        """The number of processes of the job; of parts of a batch, where several processes share one."""
         return self.world.world_size
 
     @property
@@ -73,5 +103,7 @@ class Runtime:
 
     def __repr__(self) -> str:
         place = f"rank {self.rank} of {self.world_size} on {self.device}"
+        if self.world.everyone is not None:
+            place += f" (process {self.global_rank} of {self.world.whole.world_size})"
         compute, autocast = str(self.precision.compute_dtype).removeprefix("torch."), self.precision.autocast
         return f"Runtime({place}, {self.strategy.name}, {compute}{'-mixed' if autocast else ''}, seed {self.seed})"

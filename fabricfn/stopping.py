@@ -50,6 +50,7 @@ def should_stop(rt: Runtime, *, every: int = 1) -> bool:
 
 
 def _anywhere(rt: Runtime, *, wanted: bool) -> bool:
+    rt = rt.whole
     group = rt.world.group
     if group is None:
         return wanted

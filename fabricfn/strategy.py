@@ -113,6 +113,11 @@ def refuse_local(frames: Sequence[Frame]) -> list[list[torch.Tensor | None]]:
     )
 
 
+def as_they_are(world: World) -> World:
+    """The layout of a strategy whose ranks all have data of their own."""
+    return world
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
     """How a model is trained on many devices. Write one with a factory, change one with `dataclasses.replace`."""
@@ -137,3 +142,6 @@ class Strategy:
     """Raises `CapabilityError` when this strategy cannot serve `allow_unused=True`."""
     check_transform: Callable[[], None] = allowed
     """Raises `CapabilityError` when a `torch.func` transform over its models would miss the synchronisation."""
+    arrange: Callable[[World], World] = as_they_are
+    """Lays the ranks out as a mesh, when the runtime is made: the world in terms of its data axis, see
+    [Note: data axis]. Every rank calls it. Raises `ConfigurationError` when so many ranks cannot be laid out."""

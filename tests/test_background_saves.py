@@ -19,7 +19,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn import errands
-from fabricfn.checkpoint import progress as progress_lines
+from fabricfn.checkpoint import meters as progress_lines
 from fabricfn.checkpoint.agreement import HEAD, together
 from fabricfn.checkpoint.format import manifest
 from fabricfn.checkpoint.snapshots import snapshot

@@ -15,13 +15,19 @@ from fabricfn import testing
 from fabricfn.accelerators import AUTO_ORDER
 from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.precision import NAMES as PRECISIONS, check_name
-from fabricfn.strategies import NAMES, PRESETS
+from fabricfn.strategies import NAMES, NEED_MORE, PRESETS, model_parallel, pipeline
 
 PAGE = Path(__file__).parent.parent / "docs" / "strategies.md"
 BEGIN, END = "<!-- made by tests/test_capabilities.py -->", "<!-- end -->"
 
-MAKERS = NAMES | PRESETS
-ELSEWHERE: dict[str, str] = {}
+PLANNED = {
+    "model_parallel": lambda: model_parallel({"*": "colwise_gathered"}, tensor_parallel=2),
+    "pipeline": lambda: pipeline([["used"], ["unused"]]),
+}
+"""Strategies that take an argument, with one that fits the nets below."""
+
+MAKERS = NAMES | PRESETS | PLANNED
+ELSEWHERE = {"pipeline": "test_pipeline.py"}
 """Strategies whose cells are held by another test file, since threads cannot run them."""
 SAME = {"ddp_spawn": "ddp", "ddp_fork": "ddp", "ddp_notebook": "ddp"}
 HERE = {name: make for name, make in MAKERS.items() if name not in ELSEWHERE and name not in SAME}
@@ -144,7 +150,7 @@ def test_every_cell_of_the_strategies_is_true(ranks, name):
 
 
 def step(rt):
-    model = ff.setup_model(rt, nn.Linear(4, 4))
+    model = ff.setup_model(rt, nn.Sequential(nn.Linear(4, 4)))
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
     loss, grads = ff.value_and_grad(rt, mean)(model, torch.ones(2, 4))
     model, opt = ff.optimizer_step(rt, model, opt, grads)
@@ -163,6 +169,7 @@ def test_every_strategy_is_held_by_some_test():
     for name, other in SAME.items():
         one, two = MAKERS[name](), MAKERS[other]()
         assert (one.name, one.max_ranks, one.forward) == (two.name, two.max_ranks, two.forward)
+    assert PLANNED.keys() == NEED_MORE.keys()
     for file in ELSEWHERE.values():
         assert (Path(__file__).parent / file).exists()
 

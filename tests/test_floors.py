@@ -23,8 +23,10 @@ FLOORS = (
         "environments",
         "failures",
         "errands",
+        "loggers",
         "flat",
         "sharding",
+        "meshes",
     ),  # facts, and plain machinery
     # behind a model; permutations with random access; the loss scale; global generators; who waits for whom
     ("engine", "permutations", "scaling", "generators", "watching"),
@@ -38,6 +40,8 @@ FLOORS = (
     (
         "starting",
         "reporting",
+        "hooks",
+        "progress_bars",
         "stopping",
         "model",
         "gathering",
@@ -47,8 +51,10 @@ FLOORS = (
         "optimizers",
         "data",
         "checkpoint",
+        "relays",
     ),  # verbs
-    ("facts",),  # what there is on this machine, and what a command line would start on it
+    # what there is on this machine; what a run measures; gradients of a net in stages
+    ("facts", "figures", "pipelining"),
     ("testing", "cli"),  # worlds, cases, laws; the command line
     ("__init__", "__main__"),  # every public name; python -m fabricfn
 )
@@ -60,6 +66,8 @@ OPTIONAL: dict[str, set[str]] = {
     "checkpoint.storage.objects": {"fsspec"},
     "checkpoint.format.checksums": {"isal"},
     "environments.mpi": {"mpi4py"},
+    "loggers.tensorboard_events": {"torch"},  # whose `tensorboard` needs that package
+    "progress_bars": {"tqdm"},
 }
 
 # The files that name a library which belongs to them alone.

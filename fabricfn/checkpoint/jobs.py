@@ -16,7 +16,7 @@ from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.differences import digest, raise_mismatch
 from fabricfn.checkpoint.format.manifest import Leaf, Manifest, Node, Piece, array_bytes
 from fabricfn.checkpoint.format.writing import Entry, header
-from fabricfn.checkpoint.progress import Progress, meter, told
+from fabricfn.checkpoint.meters import Progress, meter, told
 from fabricfn.checkpoint.sharing import (
     Chore,
     Draft,

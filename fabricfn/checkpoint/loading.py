@@ -10,7 +10,7 @@ from typing import Any
 from fabricfn.checkpoint.agreement import together
 from fabricfn.checkpoint.format.manifest import ARRAYS, Leaf, Node, path_text, plain_value
 from fabricfn.checkpoint.format.pieces import Source
-from fabricfn.checkpoint.progress import Progress, Tell, meter
+from fabricfn.checkpoint.meters import Progress, Tell, meter
 from fabricfn.checkpoint.readers import by_readers
 from fabricfn.checkpoint.storage.downloading import TURNS, Replaced
 from fabricfn.checkpoint.storage.opening import opened
@@ -111,6 +111,7 @@ def load(
         ...     ff.load(rt, receipt.path, {"w": torch.zeros(2), "cursor": ff.Cursor()})
         {'w': tensor([1., 1.]), 'cursor': Cursor(seed=0, epoch=3, index=0)}
     """
+    rt = rt.whole
     what, where = f"ff.load of {path!s:.300}", caller() if donate else None
     wrap = remainder or not strict
 

@@ -116,6 +116,7 @@ def prune_checkpoints(
         ...     [path.name for path in removed], [path.name for path in ff.list_checkpoints(folder)]
         (['step-20'], ['step-10', 'step-30'])
     """
+    rt = rt.whole
     what = f"ff.prune_checkpoints of {folder!s:.300}"
 
     def ask() -> tuple[Path | str, str]:

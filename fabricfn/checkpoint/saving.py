@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from fabricfn import errands
 from fabricfn.checkpoint.jobs import Job, Receipt, carried_out, planned
-from fabricfn.checkpoint.progress import Progress
+from fabricfn.checkpoint.meters import Progress
 from fabricfn.checkpoint.snapshots import snapshot
 from fabricfn.checkpoint.trees.custom import CheckpointType
 from fabricfn.checkpoint.trees.outline import Only
@@ -134,7 +134,7 @@ def save(
         ...     ff.load(rt, receipt.path)
         {'w': tensor([0, 1, 2]), 'epoch': 2}
     """
-    began = time.perf_counter()
+    began, rt = time.perf_counter(), rt.whole
     error, buffer = errands.settled(rt.world)
     if error is not None:
         error.add_note(f"(of an earlier save, which nobody waited for; the save to {os.fspath(path)} was not begun)")

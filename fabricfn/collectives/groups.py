@@ -1,20 +1,14 @@
-"""Which ranks take part in a collective: all of them, or the sub-group that `axis` names.
-
-[Note: sub-groups] A sub-group is made when it is first used, by its members alone, and torch's own table of process
-groups is the only memory of it: found there by its name, gone with `destroy_process_group`. torch's
-`new_group(use_local_synchronization=True)` cannot be used: it takes the number of groups that a rank already has into
-the name under which the members look for each other, so that ranks of overlapping sub-groups wait for ever.
-"""
+"""Which ranks take part in a collective: all of them, or the sub-group that `axis` names."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from fabricfn.errors import CapabilityError, ConfigurationError
+from fabricfn.meshes import BESIDE, axes_of, subgroup, world_along
+from fabricfn.runtimes import Runtime
 from fabricfn.world import CPU, World
 
 Axis = str | Sequence[int] | None
@@ -42,6 +36,18 @@ class Members:
         return self.ranks.index(rank)
 
 
+def along(rt: Runtime, axis: Axis) -> tuple[Runtime, Members]:
+    """The runtime as a collective along that axis sees it (its ranks are counted along the axis), and who takes part.
+
+    Raises:
+        ConfigurationError: as `members_of`.
+        CapabilityError: the name of an axis that the mesh of this runtime does not have.
+    """
+    if isinstance(axis, str) and axis in axes_of(rt.world):
+        rt, axis = dataclasses.replace(rt, world=world_along(rt.world, axis)), None
+    return rt, members_of(rt.world, axis)
+
+
 def members_of(world: World, axis: Axis) -> Members:
     """The ranks that take part.
 
@@ -51,14 +57,15 @@ def members_of(world: World, axis: Axis) -> Members:
 
     Raises:
         ConfigurationError: ranks that do not exist or come twice, or this rank is not among them.
-        CapabilityError: the name of a mesh axis.
+        CapabilityError: the name of a mesh axis, which `along` knows.
     """
     if axis is None:
         return Members(ranks=tuple(range(world.world_size)), place=world.rank, group=world.group)
     if isinstance(axis, str):
+        there_is = ", ".join(map(repr, axes_of(world)))
+        found = f"has the axes {there_is}" if there_is else "has no mesh; meshes come with the model_parallel strategy"
         raise CapabilityError(
-            f"axis={axis!r}: this runtime has no mesh; meshes come with the model_parallel strategy. Name the ranks"
-            f" instead: axis={tuple(range(world.world_size))}."
+            f"axis={axis!r}: this runtime {found}. Name the ranks instead: axis={tuple(range(world.world_size))}."
         )
     ranks = tuple(sorted(axis))
     if len(set(ranks)) != len(ranks) or not ranks or not 0 <= ranks[0] <= ranks[-1] < world.world_size:
@@ -71,12 +78,8 @@ def members_of(world: World, axis: Axis) -> Members:
             f" `if rt.rank in {ranks}:` before it."
         )
     everyone = len(ranks) == world.world_size
-    group = world.group if everyone else None if len(ranks) == 1 else _subgroup(world, ranks)
+    group = world.group if everyone else None if len(ranks) == 1 else subgroup(world, ranks)
     return Members(ranks=ranks, place=ranks.index(world.rank), group=group)
-
-
-BESIDE = "fabricfn_beside"
-"""Begins the names of groups for threads that work beside the training."""
 
 
 def beside(world: World) -> World:
@@ -86,7 +89,7 @@ def beside(world: World) -> World:
     """
     if world.group is None:
         return world
-    return dataclasses.replace(world, group=_subgroup(world, tuple(range(world.world_size)), BESIDE))
+    return dataclasses.replace(world, group=subgroup(world, tuple(range(world.world_size)), BESIDE))
 
 
 def device_for_words(world: World, group: dist.ProcessGroup) -> torch.device:
@@ -101,31 +104,3 @@ def device_for(origin: torch.device, world: World, group: dist.ProcessGroup | No
         return origin
     kinds = [device.type for device in group._device_types]
     return origin if not kinds or origin.type in kinds else world.device
-
-
-def _subgroup(world: World, ranks: tuple[int, ...], prefix: str = "fabricfn") -> dist.ProcessGroup:
-    assert world.group is not None
-    table: Any = distributed_c10d._world
-    everyone = dist.get_process_group_ranks(world.group)
-    global_ranks = [everyone[rank] for rank in ranks]
-    name = f"{prefix}_{'_'.join(map(str, global_ranks))}"
-    for group, known in table.pg_names.items():
-        if known == name:
-            return group
-    backend, store = table.pg_map[world.group]
-    make = cast(Any, distributed_c10d._new_process_group_helper)  # pyright: ignore[reportUnknownMemberType]
-    timeout = _timeout(world.group, world.device) or distributed_c10d._get_default_timeout(backend)
-    if prefix == BESIDE and world.device.type != "cpu":
-        backend = "gloo"
-    place = ranks.index(world.rank)
-    group, _ = make(len(ranks), place, global_ranks, backend, store, name, timeout=timeout, group_desc="fabricfn")
-    table.pg_group_ranks[group] = {rank: place for place, rank in enumerate(global_ranks)}
-    return group
-
-
-def _timeout(group: dist.ProcessGroup, device: torch.device) -> Any:
-    try:
-        options: Any = group._get_backend(device).options
-        return options._timeout
-    except (RuntimeError, AttributeError):  # a group written in Python has no backend
-        return None

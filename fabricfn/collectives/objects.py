@@ -4,7 +4,7 @@ import pickle
 from typing import Any
 
 from fabricfn.collectives.agreement import agree, attempt, take_apart
-from fabricfn.collectives.groups import Axis, members_of
+from fabricfn.collectives.groups import Axis, along
 from fabricfn.collectives.messages import all_gather_bytes
 from fabricfn.collectives.parcels import words_device
 from fabricfn.errors import ConfigurationError
@@ -20,7 +20,7 @@ def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
     Args:
         rt: the runtime.
         name: what is waited for; ranks that wait at barriers of different names get an error that says so.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it.
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it.
 
     Raises:
         MismatchError: another rank is at another barrier or in another collective, or has left.
@@ -31,7 +31,7 @@ def barrier(rt: Runtime, name: str | None = None, *, axis: Axis = None) -> None:
         >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
         >>> ff.barrier(rt, "data is downloaded")
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt.whole if axis is None else rt, axis)
     call = f"barrier({'' if name is None else repr(name)})"
     meet = agree if axis is not None else counted(rt.world, call, agree, apart=True)
     meet(rt.world, members, call, take_apart(()), None)
@@ -44,7 +44,7 @@ def all_gather_object(rt: Runtime, obj: Any, *, axis: Axis = None) -> list[Any]:
     Args:
         rt: the runtime.
         obj: may differ in every respect between ranks.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it.
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it.
 
     Returns:
         On every rank a list of copies.
@@ -59,7 +59,7 @@ def all_gather_object(rt: Runtime, obj: Any, *, axis: Axis = None) -> list[Any]:
         >>> ff.all_gather_object(rt, "text")
         ['text']
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt, axis)
     data, problem = attempt(pickled, obj)
     agree(rt.world, members, "all_gather_object()", take_apart(()), problem)
     return [pickle.loads(item) for item in all_gather_bytes(data, members.group, words_device(rt.world, members))]

@@ -12,7 +12,7 @@ import torch
 
 from fabricfn import flat
 from fabricfn.collectives.agreement import Agreement, Parcel, agree, attempt, take_apart
-from fabricfn.collectives.groups import Axis, Members, device_for, members_of
+from fabricfn.collectives.groups import Axis, Members, along, device_for
 from fabricfn.collectives.messages import broadcast_bytes
 from fabricfn.collectives.objects import pickled
 from fabricfn.collectives.parcels import divisible, meet, movable, rebuild_tensors, travel, words_device
@@ -45,7 +45,7 @@ def gather(rt: Runtime, tree: Tree, dst: int = 0, *, axis: Axis = None) -> Tree 
         rt: the runtime.
         tree: dense tensors of any dtype, and numbers.
         dst: the rank (in the world) that gets the result.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         On `dst` a new tree of tensors [world_size, *s]; None on the others.
@@ -59,7 +59,7 @@ def gather(rt: Runtime, tree: Tree, dst: int = 0, *, axis: Axis = None) -> Tree 
         >>> ff.gather(rt, {"x": torch.ones(2)})
         {'x': tensor([[1., 1.]])}
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt, axis)
     call = f"gather(dst={dst})"
 
     def prepare(parcel: Parcel) -> list[torch.Tensor]:
@@ -87,7 +87,7 @@ def broadcast(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tr
             are no pytree nodes). What the other ranks pass is ignored; where it has the same structure, shapes and
             dtypes (and nothing but tensors), two messages fewer are needed.
         src: the rank (in the world) whose tree it is.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         On every rank, `src` included, a new tree; tensors that were on the device of `src` are on the device of this
@@ -103,7 +103,7 @@ def broadcast(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tr
         >>> ff.broadcast(rt, {"path": "runs/7", "lr": 0.1, "w": torch.ones(2)})
         {'path': 'runs/7', 'lr': 0.1, 'w': tensor([1., 1.])}
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt, axis)
     call = f"broadcast(src={src})"
     parcel = take_apart(tree)
 
@@ -135,7 +135,7 @@ def scatter(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tree
         rt: the runtime.
         tree: on `src` a tree of tensors [world_size, *s]; what the other ranks pass is ignored, None will do.
         src: the rank (in the world) whose tree it is.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         On every rank a new tree of tensors [*s].
@@ -150,7 +150,7 @@ def scatter(rt: Runtime, tree: Tree, src: int = 0, *, axis: Axis = None) -> Tree
         >>> ff.scatter(rt, torch.tensor([[1, 2]]))
         tensor([1, 2])
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt, axis)
     call = f"scatter(src={src})"
     parcel = take_apart(tree)
 

@@ -9,7 +9,7 @@ import torch
 from fabricfn import flat
 from fabricfn.collectives.agreement import Parcel, agree, take_apart
 from fabricfn.collectives.autograd import Link, rows_of_ranks, stack_over_ranks, sum_over_ranks
-from fabricfn.collectives.groups import Axis, Members, members_of
+from fabricfn.collectives.groups import Axis, Members, along
 from fabricfn.collectives.parcels import (
     divisible,
     meet,
@@ -43,7 +43,7 @@ def all_reduce(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = None, 
             "product" take no bool tensors, and count Python bools.
         op: "mean", "sum", "max", "min", "product", "any" or "all". Sums and means are the backend's; the others cost
             one row a rank up to 1 MiB, and an all-to-all and a gather above.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it. See [Note: collectives].
         differentiable: keep the graph ("mean" and "sum"). The gradient that arrives is that of the sum of all ranks'
             losses, and every rank must run the backward pass.
 
@@ -62,7 +62,7 @@ def all_reduce(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = None, 
         >>> ff.all_reduce(rt, 2)
         2.0
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt, axis)
     call = f"all_reduce(op={op!r}{', differentiable=True' if differentiable else ''})"
 
     def prepare(parcel: Parcel) -> Tensors:
@@ -98,7 +98,7 @@ def all_gather(
     Args:
         rt: the runtime.
         tree: dense tensors of any dtype, and numbers, of which tensors [world_size] of 64 bits are made.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it. See [Note: collectives].
         uneven: concatenate along dim 0 instead, by rank; first dimensions may differ between ranks, and be 0. What has
             no dimension counts as one row.
         differentiable: keep the graph, for contrastive losses. The gradient that arrives is that of the sum of all
@@ -116,7 +116,7 @@ def all_gather(
         >>> ff.all_gather(rt, torch.tensor([1, 2])).shape
         torch.Size([1, 2])
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt, axis)
     options = [name for name, on in (("uneven", uneven), ("differentiable", differentiable)) if on]
     call = f"all_gather({', '.join(f'{name}=True' for name in options)})"
 
@@ -149,7 +149,7 @@ def reduce_scatter(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = No
         rt: the runtime.
         tree: tensors [n, ...], n a multiple of the number of ranks.
         op: as in `all_reduce`.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         On rank r a new tree of tensors [n / world_size, ...]: rows r * n / world_size and following of the reduction.
@@ -164,7 +164,7 @@ def reduce_scatter(rt: Runtime, tree: Tree, op: str = "mean", *, axis: Axis = No
         >>> ff.reduce_scatter(rt, torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt, axis)
     call = f"reduce_scatter(op={op!r})"
 
     def prepare(parcel: Parcel) -> Tensors:
@@ -184,7 +184,7 @@ def all_to_all(rt: Runtime, tree: Tree, *, axis: Axis = None) -> Tree:
     Args:
         rt: the runtime.
         tree: tensors [n, ...], n a multiple of the number of ranks; part i goes to rank i.
-        axis: None for all ranks, or a tuple of ranks; all of them must call it. See [Note: collectives].
+        axis: None for all ranks, a mesh axis, or a tuple of ranks; all of them must call it. See [Note: collectives].
 
     Returns:
         A new tree of the same shapes: part i came from rank i. Applied twice it gives back the tree.
@@ -199,7 +199,7 @@ def all_to_all(rt: Runtime, tree: Tree, *, axis: Axis = None) -> Tree:
         >>> ff.all_to_all(rt, torch.tensor([1, 2]))
         tensor([1, 2])
     """
-    members = members_of(rt.world, axis)
+    rt, members = along(rt, axis)
     call = "all_to_all()"
 
     def prepare(parcel: Parcel) -> Tensors:

@@ -59,7 +59,7 @@ def judge(
             ' not finite: a loss scale needs optimizer_step(rt, models, opt, grads). Write precision="bf16-mixed" or'
             " dataclasses.replace(precision, loss_scale=None) for an optimizer with a closure."
         )
-    finite = all_finite(gradients, rt.world)
+    finite = all_finite(gradients, rt.world.whole)
     scales: list[LossScale] = []
     for model, grads in zip(models, found, strict=True):
         before = grads.loss_scale or model.loss_scale or first_scale(settings)

@@ -10,6 +10,7 @@ from fabricfn.accelerators import Choice, choose
 from fabricfn.environments import Topology, find
 from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import STOP_SIGNALS
+from fabricfn.loggers.logger import Logger
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.starting.commanded import with_command_line
@@ -27,6 +28,8 @@ def init_runtime(
     num_nodes: int = 1,
     precision: str | int | Precision = "32-true",
     environment: str | Topology | None = None,
+    loggers: Logger | Sequence[Logger] = (),
+    callbacks: Any = (),
     seed: int | None = None,
     timeout: float | timedelta = 1800.0,
     debug: bool = False,
@@ -66,6 +69,9 @@ def init_runtime(
             record, as `Precision.parse` takes.
         environment: the launcher, if it is not to be found out: "workers", "torchrun", "slurm", "lsf", "mpi",
             "kubeflow", "single" (which ignores any), or a `fabricfn.environments.Topology` of your own.
+        loggers: where `log` writes: one of `ff.loggers`, or several. What they hold back is written by `shutdown`, and
+            when Python ends.
+        callbacks: whose hooks `call` calls: any object, or a list or tuple of them.
         seed: any integer, `rt.seed`; None is 0. Global generators are left alone.
         timeout: how long a collective waits for the other ranks, in seconds or as a timedelta; then it is a `HangError`
             that names the rank which does not come, and the line where that one stands. Half an hour.
@@ -103,6 +109,8 @@ def init_runtime(
         num_nodes=num_nodes,
         precision=precision,
         environment=environment,
+        loggers=loggers,
+        callbacks=callbacks,
         seed=seed,
         timeout=timeout,
         debug=debug,

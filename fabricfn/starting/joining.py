@@ -20,12 +20,13 @@ from fabricfn.environments import Topology
 from fabricfn.errands import finish
 from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import install, uninstall
+from fabricfn.loggers.journal import Journal, close
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
-from fabricfn.starting.letting_go import let_go
+from fabricfn.starting.letting_go import await_gloo
 from fabricfn.starting.meeting import open_store, settle
 from fabricfn.starting.parents import mark
-from fabricfn.starting.request import Request, seconds
+from fabricfn.starting.request import Request, callbacks_of, loggers_of, seconds
 from fabricfn.starting.words import give_up, tell_uncaught
 from fabricfn.strategies import dp, resolve
 from fabricfn.watching import Watch, check_everything, guard, shared_memory
@@ -129,7 +130,7 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
     elif world.group is not None:
         world = dataclasses.replace(world, watch=_WATCHES.get(world.group))
     rt = Runtime(
-        world=world,
+        world=strategy.arrange(world),
         precision=Precision.parse(request.precision),
         strategy=strategy,
         accelerator=choice.accelerator,
@@ -137,12 +138,14 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
         seed=request.seed or 0,
         owns_group=owns_group,
         attempt=topology.attempt,
+        callbacks=callbacks_of(request),
+        journal=Journal(loggers=loggers_of(request)),
         stop=install(request.stop_signals),
     )
     mark(topology.folder, topology.rank, "joined")
-    if owns_group:
-        if topology.name not in ("launch", "script"):
-            tell_uncaught(topology)
+    if owns_group and topology.name not in ("launch", "script"):
+        tell_uncaught(topology)
+    if owns_group or rt.loggers:
         # Four gloo ranks that leave without destroying their group: 5 of 6 runs ended in SIGABRT.
         atexit.register(_shutdown_at_exit, rt, os.getpid(), topology.folder)
     return rt
@@ -213,13 +216,20 @@ def shutdown(rt: Runtime) -> None:
         >>> ff.shutdown(rt)
     """
     try:
-        finish(rt.world)
+        finish(rt.world.whole)
+    finally:
+        _let_go(rt)
+
+
+def _let_go(rt: Runtime) -> None:
+    try:
+        close(rt.journal)
     finally:
         uninstall(rt.stop)
-        if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.group:
+        if rt.owns_group and dist.is_initialized() and dist.group.WORLD is rt.world.whole.group:
             say_goodbye(sys.exc_info()[1] or getattr(sys, "last_value", None))
             dist.destroy_process_group()
-            let_go()
+            await_gloo()
 
 
 @contextlib.contextmanager
@@ -238,5 +248,5 @@ def until_shutdown(rt: Runtime) -> Generator[Runtime]:
 
 def _shutdown_at_exit(rt: Runtime, pid: int, folder: str | None) -> None:
     if os.getpid() == pid:  # a forked child inherits the call, but not the threads of the group
-        mark(folder, rt.rank, "left")
+        mark(folder, rt.global_rank, "left")
         shutdown(rt)

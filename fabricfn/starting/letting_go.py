@@ -21,7 +21,7 @@ UNSEEN = 0.05
 """Seconds to wait where threads cannot be looked at."""
 
 
-def let_go() -> None:
+def await_gloo() -> None:
     """Wait until no thread of gloo has anything to do.
 
     A thread that waits for the GIL wakes up when this one sleeps; so one that slept all through such an interval,

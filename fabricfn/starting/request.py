@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fabricfn.accelerators import Choice, available, choose, in_one_process
 from fabricfn.environments import Topology
 from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import STOP_SIGNALS, numbers_of
+from fabricfn.loggers.logger import Logger
 from fabricfn.precision import Precision, check_name
 from fabricfn.strategies import STARTS, resolve
 from fabricfn.strategy import Strategy
@@ -26,6 +27,8 @@ class Request:
     num_nodes: int = 1
     precision: str | int | Precision = "32-true"
     environment: str | Topology | None = None
+    loggers: Logger | Sequence[Logger] = ()
+    callbacks: Any = ()
     seed: int | None = None
     timeout: float | timedelta = 1800.0
     debug: bool = False
@@ -70,6 +73,7 @@ def choice_of(request: Request) -> Choice:
         if type(value) is not int or value < least:
             raise ConfigurationError(f"{name}={value!r} must be a whole number, at least {least}.")
     start_method_of(request)
+    loggers_of(request)
     if seconds(request.timeout) <= 0:
         raise ConfigurationError(f"timeout={request.timeout!r} must be a positive number of seconds.")
     numbers_of(request.stop_signals)
@@ -79,6 +83,32 @@ def choice_of(request: Request) -> Choice:
     choice = choose(request.accelerator, request.devices, available())
     check_name(request.precision, choice.accelerator)
     return in_one_process(choice) if request.strategy == "dp" else choice
+
+
+def loggers_of(request: Request) -> tuple[Logger, ...]:
+    """One logger, or several, as a tuple.
+
+    Raises:
+        ConfigurationError: something is no logger.
+    """
+    loggers = _several(request.loggers)
+    for logger in loggers:
+        if not isinstance(logger, Logger):
+            raise ConfigurationError(
+                f"loggers={logger!r:.120} is no logger. Write loggers=ff.loggers.csv('logs'), jsonl, tensorboard, or a"
+                " record ff.loggers.Logger(log=lambda values, step: ...); a logger of Lightning's is"
+                " ff.loggers.lightning(logger)."
+            )
+    return loggers
+
+
+def callbacks_of(request: Request) -> tuple[Any, ...]:
+    """One callback, or a list or tuple of them, as a tuple."""
+    return _several(request.callbacks)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return tuple(cast("Sequence[Any]", value)) if isinstance(value, list | tuple) else (value,)
 
 
 def start_method_of(request: Request) -> str:

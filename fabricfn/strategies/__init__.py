@@ -15,16 +15,23 @@ from fabricfn.strategy import Strategy
 
 if TYPE_CHECKING:
     from fabricfn.strategies.deepspeed_zero import deepspeed as deepspeed
+    from fabricfn.strategies.pipeline_parallel import pipeline as pipeline
     from fabricfn.strategies.sharded import fsdp as fsdp
+    from fabricfn.strategies.tensor_parallel import model_parallel as model_parallel
+
+_LATE = {
+    "fsdp": "fabricfn.strategies.sharded",
+    "deepspeed": "fabricfn.strategies.deepspeed_zero",
+    "model_parallel": "fabricfn.strategies.tensor_parallel",
+    "pipeline": "fabricfn.strategies.pipeline_parallel",
+}
+"""Not imported at the top: importing DTensor takes 0.7 s."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATE[name]), name)  # not at the top: importing DTensor takes 0.7 s
-
-
-_LATE = {"fsdp": "fabricfn.strategies.sharded", "deepspeed": "fabricfn.strategies.deepspeed_zero"}
+    return getattr(import_module(_LATE[name]), name)
 
 
 def _fsdp() -> Strategy:
@@ -69,6 +76,15 @@ EXTRAS: dict[str, Callable[[], Strategy]] = {
 """Names whose packages are extras: known as the others are, but no law is checked over them unless they are named."""
 
 
+NEED_MORE = {
+    "model_parallel": 'a plan that says which layers are cut. Write strategy=ff.strategies.model_parallel({"*.up":'
+    ' "colwise", "*.down": "rowwise"}, tensor_parallel=2)',
+    "pipeline": "a list of stages. Write strategy="
+    'ff.strategies.pipeline([["embed", "blocks.0"], ["blocks.1", "head"]])',
+}
+"""Names of strategies that are no use without an argument, and which one."""
+
+
 def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
     """The record that `init_runtime(strategy=...)` means.
 
@@ -99,7 +115,7 @@ def resolve(strategy: str | Strategy, world_size: int) -> Strategy:
 
 
 _THERE_IS = (
-    f"There are {', '.join(map(repr, ('auto', *NAMES, *PRESETS, *EXTRAS)))}, a Strategy record such as"
+    f"There are {', '.join(map(repr, ('auto', *NAMES, *PRESETS, *EXTRAS, *NEED_MORE)))}, a Strategy record such as"
     ' ff.strategies.ddp(...), and "package.module:factory".'
 )
 
@@ -110,9 +126,11 @@ def _named(name: str, world_size: int) -> Any:
     known = NAMES | PRESETS | EXTRAS
     if name in known:
         return known[name]()
+    if name in NEED_MORE:
+        raise ConfigurationError(f"strategy={name!r} needs {NEED_MORE[name]}.")
     module, colon, factory = name.partition(":")
     if not colon:
-        near = get_close_matches(name.lower(), ["auto", *known], 1)
+        near = get_close_matches(name.lower(), ["auto", *known, *NEED_MORE], 1)
         hint = f' Did you mean "{near[0]}"?' if near else ""
         raise ConfigurationError(f"strategy={name!r} is unknown.{hint} {_THERE_IS}")
     try:

@@ -1,9 +1,10 @@
 """What `fsdp` can be told beside its units: each option checked, and brought to torch's FSDPModule."""
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from fabricfn.engine import Frame
 from fabricfn.errors import CapabilityError, ConfigurationError
+from fabricfn.strategies.shards import Shards
+from fabricfn.strategies.units import Units
 from fabricfn.strategy import Gradients
 from fabricfn.world import World
 
@@ -18,8 +21,25 @@ Parameters = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 """Patterns of names, or a predicate `(name, parameter) -> bool`."""
 
 
-def check(reshard: Any, factor: Any, prefetch: Any, ignored: Any) -> None:
-    """Raise `ConfigurationError` where an option of `fsdp` has no meaning."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cutting:
+    """The options of `fsdp` that say how a net is cut over one axis of ranks; see there."""
+
+    units: Units = "auto"
+    reshard_after_forward: bool | int = True
+    gather_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+    gradient_divide_factor: float | None = None
+    prefetch: int = 0
+    ignored_params: Parameters = None
+
+
+def check(cutting: Cutting) -> None:
+    """Raise `ConfigurationError` where an option has no meaning."""
+    reshard: Any = cutting.reshard_after_forward
+    factor: Any = cutting.gradient_divide_factor
+    prefetch: Any = cutting.prefetch
+    ignored: Any = cutting.ignored_params
     if type(reshard) not in (bool, int) or (type(reshard) is int and reshard < 1):
         raise ConfigurationError(
             f"reshard_after_forward={reshard!r} must be True, False, or a whole number of ranks that keep a unit"
@@ -106,7 +126,7 @@ def divided(gradients: Gradients, factor: float | None) -> Gradients:
     def summed(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:
         taken = gradients(frames, world, allow_unused=allow_unused)
         for frame, grads in zip(frames, taken, strict=True):
-            params = cast("list[Any]", [None] * len(grads) if frame.handle is None else frame.handle.params)
+            params = frame.handle.params if isinstance(frame.handle, Shards) else [None] * len(grads)
             grads[:] = [
                 grad if grad is None or param is not None else grad * (world.world_size / factor)
                 for grad, param in zip(grads, params, strict=True)

@@ -6,34 +6,32 @@ own blocks. Laws and traps: docs/decisions/0006-fsdp.md.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fabricfn.engine import Box, Frame, separate
+from fabricfn.engine import Frame, separate
 from fabricfn.errors import CapabilityError
 from fabricfn.precision import Precision
-from fabricfn.sharding import REACHED, is_sharded, local_of, with_local
+from fabricfn.sharding import is_sharded, local_of, with_local
 from fabricfn.strategies import fsdp_options
-from fabricfn.strategies.fsdp_options import Parameters
+from fabricfn.strategies.fsdp_options import Cutting, Parameters
+from fabricfn.strategies.sharded_nets import arrange, attach_box, mesh_of
 from fabricfn.strategies.shards import Shards, gradients, outside, watch
 from fabricfn.strategies.single import backward as run_backward
+from fabricfn.strategies.tensor_slots import cut as cut_for_peers, like_of, look_at
 from fabricfn.strategies.torch_fsdp import (
     check_version,
     clear,
-    gather_ahead,
     gathered,
     is_idle,
     let_go,
     point as point_shards,
-    shard_slots,
     went_back,
 )
-from fabricfn.strategies.units import Units, plan
+from fabricfn.strategies.units import Units
 from fabricfn.strategy import Strategy, point as point_whole
 from fabricfn.tree import tree_map
 from fabricfn.world import World
@@ -48,6 +46,7 @@ def fsdp(
     gradient_divide_factor: float | None = None,
     prefetch: int = 0,
     ignored_params: Parameters = None,
+    replicate: int | Literal["nodes"] = 1,
 ) -> Strategy:
     """Parameters, gradients and optimizer state cut over the ranks (ZeRO stage 3), by torch's `fully_shard`.
 
@@ -75,41 +74,35 @@ def fsdp(
             the next one in the backward pass, as soon as the device is free in the forward pass.
         ignored_params: parameters that every rank holds whole, as plain tensors: patterns of names, or a predicate
             `(name, parameter) -> bool`. Their gradients are averaged all the same.
+        replicate: into how many groups of neighbouring ranks the world is cut. A parameter is cut over the ranks of one
+            group, and every group holds all of it: gathering stays within a group, gradients are averaged over both
+            (hybrid sharding, HSDP). "nodes" is one group a node. `rt.mesh` has the axes "replicate" and "shard" then.
 
     Raises:
-        ConfigurationError: an option has no meaning.
+        ConfigurationError: an option has no meaning; or (when the runtime is made) so many groups cannot be cut from
+            the world evenly.
 
     Example:
         >>> fsdp(units=torch.nn.TransformerEncoderLayer).name
         'fsdp'
     """
     check_version()
-    fsdp_options.check(reshard_after_forward, gradient_divide_factor, prefetch, ignored_params)
+    cutting = Cutting(
+        units=units,
+        reshard_after_forward=reshard_after_forward,
+        gather_dtype=gather_dtype,
+        cpu_offload=cpu_offload,
+        gradient_divide_factor=gradient_divide_factor,
+        prefetch=prefetch,
+        ignored_params=ignored_params,
+    )
+    fsdp_options.check(cutting)
 
     def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Shards | None:
         if world.group is None:
             fsdp_options.refuse_alone(cpu_offload, world.device)
             return None
-        gather = gather_dtype or (precision.compute_dtype if precision.autocast else None)
-        options: dict[str, Any] = {
-            "mesh": DeviceMesh.from_group(world.group, world.device.type, mesh_dim_names=("dp",)),
-            "ignored_params": fsdp_options.kept_whole(net, ignored_params),
-            "offload_policy": fsdp_options.offload_policy(cpu_offload, world.device),
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=gather,
-                reduce_dtype=precision.reduce_dtype or (None if gather is None else precision.param_dtype),
-                cast_forward_inputs=False,
-            ),
-        }
-        fsdp_options.check_reshard(reshard_after_forward, options["mesh"].size(-1))
-        box, names = Box(net), plan(net, units)
-        for name in reversed(names):
-            again = True if frozen else reshard_after_forward
-            fully_shard(net.get_submodule(name), reshard_after_forward=again, **options)
-        # a frozen root is let go, too: no backward pass follows that would do so, and it would go stale
-        fully_shard(box, reshard_after_forward=True if frozen else None, **options)
-        fsdp_options.settle(box, names, world.device, gradient_divide_factor, prefetch)
-        return tied(box, names, world.device, torch.device("cpu") if cpu_offload else world.device)
+        return attach_box(net, world, precision, cutting, mesh_of(world, replicate), frozen=frozen)
 
     return Strategy(
         name="fsdp",
@@ -121,39 +114,8 @@ def fsdp(
         reset=reset,
         shard=shard,
         check_transform=refuse_transform,
+        arrange=functools.partial(arrange, replicate=replicate),
     )
-
-
-def tied(box: Any, units: tuple[str, ...], device: torch.device, home: torch.device) -> Shards:
-    """The handle of a box that is sharded already, with memory in place of meta tensors, that of shards at `home`."""
-    made: dict[int, torch.Tensor] = {}
-
-    def give_memory(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_meta:
-            return tensor
-        return made.setdefault(id(tensor), torch.empty_like(tensor, device=home if is_sharded(tensor) else device))
-
-    box._apply(give_memory)
-    box.set_reduce_scatter_unused_params(True)
-    if device.type == "cpu":
-        gather_ahead(box)
-    check_dtypes(box)
-    params = shard_slots(box)
-    shards = Shards(box, units, [params.get(id(slot)) for slot in box.parameters()])
-    for index, slot in enumerate(box.parameters()):
-        setattr(slot, REACHED, functools.partial(shards.used.add, index))
-    return shards
-
-
-def check_dtypes(box: nn.Module) -> None:
-    """Raise `CapabilityError` unless all trainable parameters have one dtype, which torch demands of each unit."""
-    dtypes = {slot.dtype for slot in box.parameters() if slot.requires_grad and is_sharded(slot)}
-    if len(dtypes) > 1:
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise CapabilityError(
-            f"fsdp reduces the gradients of a unit together and needs trainable parameters of one dtype, found {found}."
-            ' Convert the module first (module.float()), or write strategy="ddp".'
-        )
 
 
 def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
@@ -165,7 +127,7 @@ def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
     cut: list[tuple[Any, torch.Tensor, str]] = []
     for param, slot, value, name in zip(shards.params, frame.slots, values, frame.names, strict=True):
         if param is None:
-            slot.data = value
+            look_at(slot, value, name)
         else:
             cut.append((param, value, name))
     let_go(shards.box)  # whatever is gathered still is of the old values
@@ -174,11 +136,14 @@ def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
 
 def shard(whole: torch.Tensor, slot: nn.Parameter) -> torch.Tensor:
     """A DTensor that is cut as FSDP cut the slot."""
+    if like_of(slot) is not None:
+        return cut_for_peers(whole, slot)
     if not is_sharded(slot):
         return whole.clone()
     like = cast("DTensor", slot)
     value = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return with_local(value, local_of(value).to(local_of(slot).device, copy=True))
+    home = local_of(slot).device
+    return with_local(value, local_of(value).to(home, copy=True, memory_format=torch.contiguous_format))
 
 
 def reset(frame: Frame) -> None:
@@ -225,7 +190,7 @@ def outliving(result: Any, shards: Shards) -> Any:
     """The result with copies of what looks at gathered parameters, whose memory is about to be let go."""
     if type(result) is torch.Tensor and not result._is_view():
         return result
-    homes = {slot.untyped_storage()._cdata for slot in map(gathered, shards.params) if slot is not None}
+    homes = {local_of(slot).untyped_storage()._cdata for slot in map(gathered, shards.params) if slot is not None}
 
     def kept(leaf: Any) -> Any:
         if is_sharded(leaf) and (leaf.dim() == 0 or any(one.is_partial() for one in leaf.placements)):

@@ -16,6 +16,7 @@ from fabricfn.errors import CapabilityError
 from fabricfn.flat import all_reduce_mean, anywhere
 from fabricfn.sharding import local_of
 from fabricfn.strategies.single import gradients as take
+from fabricfn.strategies.tensor_slots import Peers, as_values, gradient_of
 from fabricfn.strategies.torch_fsdp import close, gathered
 from fabricfn.world import World
 
@@ -41,6 +42,8 @@ class Shards:
     """Which slots this run's backward passes have reached."""
     watched: set[int] = dataclasses.field(default_factory=set[int])
     """Which slots report to `used`."""
+    peers: Peers | None = None
+    """What tensor parallelism adds."""
 
 
 def watch(shards: Shards) -> None:
@@ -69,7 +72,8 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
     taken: list[list[torch.Tensor | None]] = []
     reached: list[list[bool]] = []
     for frame, shards in zip(frames, handles, strict=True):
-        grads = [slot.grad for slot in frame.slots]
+        pairs = zip(frame.slots, shards.params, strict=True)
+        grads = [gradient_of(slot) if param is None else slot.grad for slot, param in pairs]
         for slot in frame.slots:
             slot.grad = None
         if close(shards.params):
@@ -86,7 +90,7 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
     if not allow_unused:
         require_all(frames, taken)
     average_whole(frames, taken, reached, world)
-    return taken
+    return [as_values(frame, grads) for frame, grads in zip(frames, taken, strict=True)]
 
 
 def average_whole(
@@ -102,7 +106,9 @@ def average_whole(
     if places:
         assert world.group is not None
         mine = [(taken[i][j], frames[i].slots[j]) for i, j in places]
-        means = all_reduce_mean([torch.zeros_like(slot) if grad is None else grad for grad, slot in mine], world.group)
+        means = all_reduce_mean(
+            [torch.zeros_like(local_of(slot)) if grad is None else grad for grad, slot in mine], world.group
+        )
         for (i, j), mean in zip(places, means, strict=True):
             taken[i][j] = mean
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate
 
 from fabricfn.errors import CapabilityError
 from fabricfn.tree import tree_leaves, tree_map
@@ -22,7 +23,10 @@ _dispatch: Any = torch
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stretches:
-    """A placement: the rank r of a line of ranks holds the flattened numbers from `bounds[r]` to `bounds[r + 1]`."""
+    """A placement: the rank r of a line of ranks holds the flattened numbers from `bounds[r]` to `bounds[r + 1]`.
+
+    The line is the first axis of the mesh; along the others, if there are any, the ranks hold the same.
+    """
 
     bounds: tuple[int, ...]
 
@@ -52,7 +56,7 @@ class Spec:
     """How a tensor lies on the ranks; the fields are those of torch's own."""
 
     mesh: Any
-    placements: tuple[Stretches, ...]
+    placements: tuple[Any, ...]
     tensor_meta: Meta
 
 
@@ -123,13 +127,13 @@ class Stretch(torch.Tensor):
         return dressed(copy.deepcopy(self._local_tensor, memo), self._spec)
 
     @property
-    def placements(self) -> tuple[Stretches, ...]:
+    def placements(self) -> tuple[Any, ...]:
         """As a DTensor has them."""
         return self._spec.placements
 
     @property
     def device_mesh(self) -> Any:
-        """The line of ranks."""
+        """The ranks; the line is the first axis."""
         return self._spec.mesh
 
     def to_local(self) -> torch.Tensor:
@@ -139,14 +143,19 @@ class Stretch(torch.Tensor):
     def full_tensor(self) -> torch.Tensor:
         """The whole tensor. Every rank of the line must call it."""
         bounds, mesh = self._spec.placements[0].bounds, self._spec.mesh
-        longest = max(end - begin for begin, end in itertools.pairwise(bounds))
-        mine = self._local_tensor.detach().to(mesh.device_type)
+        mine, group = self._local_tensor.detach().to(mesh.device_type), mesh.get_group(0)
+        bits = torch.uint8  # gloo knows fewer dtypes
+        lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+        longest = max(lengths)
+        if 0 < longest == self.numel():  # one rank has all of it
+            whole = mine.clone() if mine.numel() else mine.new_empty(longest)
+            dist.broadcast(whole.view(bits), group=group, group_src=lengths.index(longest))
+            return whole.view(self.shape).to(self.device)
         sent = mine.new_zeros(longest)
         sent[: mine.numel()] = mine
-        parts = [torch.empty_like(sent) for _ in range(mesh.size())]
-        bits = torch.uint8  # gloo knows fewer dtypes
-        dist.all_gather([part.view(bits) for part in parts], sent.view(bits), group=mesh.get_group())
-        found = [part[: bounds[rank + 1] - bounds[rank]] for rank, part in enumerate(parts)]
+        parts = [torch.empty_like(sent) for _ in range(mesh.size(0))]
+        dist.all_gather([part.view(bits) for part in parts], sent.view(bits), group=group)
+        found = [part[:length] for part, length in zip(parts, lengths, strict=True)]
         return torch.cat(found).view(self.shape).to(self.device)
 
     @staticmethod
@@ -162,7 +171,7 @@ class Whole:
     tensor: torch.Tensor
     mesh: Any
 
-    def redistribute(self, *, placements: Sequence[Stretches]) -> Stretch:
+    def redistribute(self, *, placements: Sequence[Any]) -> Stretch:
         """The stretch of this rank, in memory of its own. Nothing travels."""
         return cut(self.tensor, self.mesh, placements[0].bounds)
 
@@ -170,19 +179,20 @@ class Whole:
 def laid(part: torch.Tensor, mesh: Any, bounds: tuple[int, ...], shape: torch.Size) -> Stretch:
     """A Stretch of a global shape around this rank's part, without a copy."""
     strides = torch.empty(shape, device="meta").stride()
-    return Stretch(part, Spec(mesh, (Stretches(bounds),), Meta(shape, strides, part.dtype)))
+    placements = (Stretches(bounds), *(Replicate() for _ in range(mesh.ndim - 1)))
+    return Stretch(part, Spec(mesh, placements, Meta(shape, strides, part.dtype)))
 
 
 def cut(whole: torch.Tensor, mesh: Any, bounds: tuple[int, ...]) -> Stretch:
     """The stretch of this rank of a tensor that all ranks hold, in memory of its own."""
-    rank = mesh.get_local_rank()
+    rank = mesh.get_local_rank(0)
     part = whole.detach().reshape(-1)[bounds[rank] : bounds[rank + 1]]
     return laid(part.clone(), mesh, bounds, whole.shape)
 
 
 def stretch_of(whole: torch.Tensor, spec: Spec) -> torch.Tensor:
     """The numbers of this rank of a whole tensor; a view where that is possible."""
-    rank = spec.mesh.get_local_rank()
+    rank = spec.mesh.get_local_rank(0)
     begin, end = spec.placements[0].bounds[rank : rank + 2]
     return whole.reshape(-1)[begin:end]
 

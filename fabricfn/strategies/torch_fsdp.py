@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Replicate
 
 from fabricfn.errors import CapabilityError, ModelError
 from fabricfn.leases import increment_version
@@ -116,3 +117,15 @@ def is_idle(box: Any) -> bool:
 def went_back(box: Any) -> bool:
     """Inside the forward of the box: whether a backward pass ran meanwhile, after which nothing is gathered."""
     return box._get_fsdp_state()._training_state.name != "FORWARD"
+
+
+def widen(params: Sequence[Any], mesh: Any) -> None:
+    """Describe what FSDP cut over the data axis alone as lying on the whole mesh, the same along its other axis.
+
+    What tensor parallelism cut before is described so already.
+    """
+    for param in params:
+        if param is not None and not param.is_dtensor:
+            old = param._sharding_spec
+            spec = type(old)(mesh, (*old.placements, Replicate()), tensor_meta=old.tensor_meta)
+            param._sharding_spec = param.sharded_param._spec = spec

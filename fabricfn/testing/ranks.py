@@ -100,10 +100,11 @@ def runtime_of(options: Options, rank: int, group: dist.ProcessGroup | None) -> 
         group=group,
         device=torch.device("cpu"),
     )
+    strategy = resolve(options.strategy, options.world_size)
     return Runtime(
-        world=world,
+        world=strategy.arrange(world),
         precision=options.precision,
-        strategy=resolve(options.strategy, options.world_size),
+        strategy=strategy,
         environment="testing",
         seed=options.seed,
     )

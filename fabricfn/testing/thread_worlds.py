@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 
-from fabricfn.collectives.groups import BESIDE
 from fabricfn.errors import LaunchError
+from fabricfn.meshes import BESIDE
 from fabricfn.precision import Precision
 from fabricfn.starting.joining import until_shutdown
 from fabricfn.strategy import Strategy

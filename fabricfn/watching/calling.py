@@ -20,7 +20,7 @@ def nothing(*args: Any, **kwargs: Any) -> str:
 def watch_of(world: World) -> Watch | None:
     """The watch that counts the calls in this world's process group, if there is one."""
     watch = world.watch
-    return watch if watch is not None and watch.group is world.group else None
+    return watch if watch is not None and watch.group is world.whole.group else None
 
 
 def counted(

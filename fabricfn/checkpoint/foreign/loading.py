@@ -83,6 +83,7 @@ def load_raw(
         >>> torch.equal(state["model"].params["weight"], net.weight), state["epoch"]
         (True, 3)
     """
+    rt = rt.whole
     what = f"ff.load_raw of {path!s:.300}"
     options = Options(prefix=prefix, rename=rename, cast=cast, strict=strict)
     with contextlib.ExitStack() as stack:
