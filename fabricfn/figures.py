@@ -204,7 +204,7 @@ def _number(name: str, value: Any, rt: Runtime) -> Number:
         return value.item() if value.device.type == "cpu" else value.reshape(()).clone()
     other: Any = value  # numpy is without types
     if isinstance(other, np.ndarray | np.generic) and other.size == 1 and other.dtype.kind in "biuf":
-        return float(other) if other.dtype.kind == "f" else int(other)
+        return cast("float", other.item())
     if isinstance(value, int | float):
         return value
     shape = getattr(value, "shape", None)
