@@ -5,7 +5,7 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from fabricfn.errors import FabricfnError, HangError, LaunchError, MismatchError, PeerError
 
@@ -63,21 +63,24 @@ def is_consequence(error: BaseException | None) -> bool:
     """Whether the error, or one that it came from, is that of a lost connection."""
     if isinstance(error, MismatchError | PeerError):  # what such errors came from is explained in them
         return isinstance(error, PeerError) and not isinstance(error, HangError)
-    while error is not None:
-        text = str(error).lower()
-        if isinstance(error, OSError | RuntimeError) and any(sign in text for sign in _CONSEQUENCES):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        isinstance(one, OSError | RuntimeError) and any(sign in str(one).lower() for sign in _CONSEQUENCES)
+        for one in _story(error)
+    )
 
 
 def _elsewhere(error: BaseException | None) -> bool:
     """Whether the error, or one that it came from, tells of another rank."""
-    while error is not None:
-        if isinstance(error, FabricfnError) and error.elsewhere:
-            return True
+    return any(isinstance(one, FabricfnError) and one.elsewhere for one in _story(error))
+
+
+def _story(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it came from; they may go round in a circle."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _pickled(error: BaseException) -> bytes | None:

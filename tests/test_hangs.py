@@ -168,6 +168,9 @@ def test_a_rank_that_returned_earlier_is_named():
 def test_a_rank_that_left_by_an_error_of_its_own_outranks_those_that_missed_it():
     assert is_consequence(LeftError("rank 1, which has left"))
     assert not is_consequence(MismatchError("other calls"))
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, one  # a circle
+    assert not is_consequence(one)
     assert issubclass(LeftError, MismatchError)
 
 
