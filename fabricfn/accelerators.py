@@ -5,7 +5,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -21,42 +20,39 @@ class Choice:
     """The devices that the arguments ask for on this node, one process each."""
 
     accelerator: str
-    """"cpu", "cuda", "mps", "tpu", or the type of another `torch.accelerator` back end."""
+    """"cpu", "cuda", "mps", "tpu", "xla", or the type of another `torch.accelerator` back end."""
     indices: tuple[int, ...]
     """The device index of each process of this node; on CPU just 0 .. n-1."""
     open: bool
     """Whether the number of processes was left to the launcher (auto, -1, None, 0)."""
     replicas: tuple[int, ...] = dataclasses.field(default=(), repr=False)
-    """The devices of one process that has several, under strategy="dp"."""
+    """The devices of one process that has several, under strategy="dp" and "xla_fsdp"."""
 
 
-def available() -> dict[str, int]:
+def available(probe: Any = torch.accelerator) -> dict[str, int]:
     """How many devices of each kind this machine has; "cpu" is always there. Initialises no device.
+
+    A TPU is found as torch finds it, by the package torch_tpu. (What torch_xla knows has a kind of its own, "xla".)
+
+    Args:
+        probe: what knows the accelerator of this machine and counts it; tests have others.
 
     Example:
         >>> available()["cpu"]
         1
     """
-    found = {"tpu": _count_tpus(), "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    other = torch.accelerator.current_accelerator(check_available=True)
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    other = probe.current_accelerator(check_available=True)
     if other is not None and other.type not in found:
-        found[other.type] = torch.accelerator.device_count()
+        found = {other.type: int(probe.device_count()), **found}
     return {kind: count for kind, count in found.items() if count} | {"cpu": 1}
-
-
-def _count_tpus() -> int:
-    if find_spec("torch_xla") is None:
-        return 0
-    from torch_xla._internal import tpu  # pyright: ignore
-
-    return int(tpu.num_available_devices())  # pyright: ignore
 
 
 def choose(accelerator: str, devices: int | str | Sequence[int] | None, found: Mapping[str, int]) -> Choice:
     """The devices that `accelerator` and `devices` mean on a machine that has `found`.
 
     Args:
-        accelerator: "auto", "cpu", "gpu" (cuda, else mps), "cuda", "mps", "tpu", or the name of another back end.
+        accelerator: "auto", "cpu", "gpu" (cuda, else mps), "cuda", "mps", "tpu", "xla", or the name of another back end.
         devices: a number of devices; a list of indices, also as "1, 4"; "auto", -1 or "-1" for all (on CPU one
             process); None or 0 for the CPU.
         found: what `available` returned.
@@ -99,7 +95,7 @@ def choose(accelerator: str, devices: int | str | Sequence[int] | None, found: M
 
 
 def in_one_process(choice: Choice) -> Choice:
-    """The same devices for a single process, as strategy="dp" means them.
+    """The same devices for a single process, as strategy="dp" and "xla_fsdp" mean them.
 
     Raises:
         ConfigurationError: several, on a CPU.
@@ -186,7 +182,7 @@ def device_of(accelerator: str, index: int) -> torch.device:
     """
     if accelerator == "cpu":
         return torch.device("cpu")
-    return torch.device("xla" if accelerator == "tpu" else accelerator, index)
+    return torch.device(accelerator, 0 if accelerator == "xla" else index)  # of XLA a process has its own device only
 
 
 def describe(found: Mapping[str, int]) -> str:

@@ -134,7 +134,7 @@ def told(ledger: Ledger, world: World, count: int) -> tuple[list[int], float, fl
         return ledger.marks, loss, weight
     threads = torch.get_num_threads() if world.device.type == "cpu" else 0
     values = [value for column in columns for value in ([one for _, one in column] + [0.0] * MOST)[:MOST]]
-    row = torch.tensor([count, threads, *ledger.marks, *values], dtype=torch.float64, device=world.device)
+    row = torch.tensor([count, threads, *ledger.marks, *values], dtype=torch.float64, device=world.wire)
     rows = cast("list[list[float]]", flat.all_gather([row], world.group)[0].tolist())
     check_alike([int(row[0]) for row in rows], [int(row[1]) for row in rows], world)
     end = 2 + len(ledger.marks)

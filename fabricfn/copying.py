@@ -78,7 +78,7 @@ def placing(rt: Runtime, *, move: bool, fresh: bool) -> Callable[[torch.Tensor],
     def place(tensor: torch.Tensor) -> torch.Tensor:
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         placed = tensor.to(rt.device if move else tensor.device, wanted)
-        return placed.clone() if fresh and placed.data_ptr() == tensor.data_ptr() else placed
+        return placed.clone() if fresh and placed is tensor else placed
 
     return place
 

@@ -84,7 +84,7 @@ def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
     if not job.weighted:
         return sums.loss if sums.count == 1 else sums.loss / sums.count, unscale
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
-    both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.device) for part in (sums.loss, sums.weight)])
+    both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.wire) for part in (sums.loss, sums.weight)])
     if world.group is not None:
         dist.all_reduce(both, group=world.group)
     loss, weight = cast("list[float]", both.tolist())

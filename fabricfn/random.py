@@ -6,6 +6,8 @@ names and the idea are JAX's (https://docs.jax.dev/en/latest/jax.random.html); t
 
 import dataclasses
 import hashlib
+import sys
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -130,6 +132,26 @@ class seeded:
             self._other.set_state(self._other_state)
 
 
+class Lazy:
+    """The random numbers of an XLA device as a generator: its state is one number, which each graph moves on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = str(device)
+        self.model: Any = import_module("torch_xla.core.xla_model")
+
+    def get_state(self) -> Any:
+        """The number."""
+        return self.model.get_rng_state(self.device)
+
+    def set_state(self, state: Any) -> None:
+        """Go on from there."""
+        self.model.set_rng_state(state, self.device)
+
+    def manual_seed(self, seed: int) -> None:
+        """Start from a seed, of which XLA takes 63 bits."""
+        self.set_state(seed >> 1)
+
+
 def device_generator(device: torch.device) -> torch.Generator:
     """The generator that random layers on a device draw from; the current device's where `device` has no index.
 
@@ -139,6 +161,8 @@ def device_generator(device: torch.device) -> torch.Generator:
         return torch.default_generator
     if device.type == "mps":
         return torch.mps._get_default_mps_generator()
+    if device.type == "xla" and "torch_xla" in sys.modules:
+        return cast("torch.Generator", Lazy(device))
     module: Any = getattr(torch, device.type, None)
     if device.type in ("cuda", "xpu", "mtia"):
         module.init()  # before that they have no generators

@@ -197,7 +197,7 @@ def _tell(rt: Runtime, told: bytes | Failure | None, per_node: bool) -> bytes | 
     """What rank 0 told, on every rank; with `per_node` what the first rank of this machine told, but errors for all."""
     if not per_node:
         box: list[Any] = [told]
-        dist.broadcast_object_list(box, src=0, group=rt.world.group, device=rt.device)
+        dist.broadcast_object_list(box, src=0, group=rt.world.group, device=rt.world.wire)
         return box[0]
     everything: list[Any] = [None] * rt.world_size
     dist.all_gather_object(everything, (rt.node_rank, told), group=rt.world.group)

@@ -180,7 +180,7 @@ def agreed(
     """
     assert world.group is not None
     names = [(index, name) for index, one in enumerate(old) for name in one]
-    somewhere = flat.anywhere([name in changed[index] for index, name in names], world.group, world.device)
+    somewhere = flat.anywhere([name in changed[index] for index, name in names], world.group, world.wire)
     chosen = [place for place, there in zip(names, somewhere, strict=True) if there]
     mine = [changed[index].get(name, old[index][name]) for index, name in chosen]
     averaged = [buffers == "mean" and tensor.is_floating_point() for tensor in mine]
@@ -235,7 +235,7 @@ def counts_of(count: int, world: World) -> list[int]:
     """How many micro-batches each rank has. Every rank must call it."""
     if world.group is None:
         return [count]
-    (counts,) = flat.all_gather([torch.tensor(count, device=world.device)], world.group)
+    (counts,) = flat.all_gather([torch.tensor(count, device=world.wire)], world.group)
     return cast("list[int]", counts.tolist())
 
 

@@ -105,6 +105,10 @@ def allowed() -> None:
     """The check of a strategy that has nothing to refuse."""
 
 
+def at_once() -> None:
+    """Operations have been computed, or are on their way, when they return."""
+
+
 def refuse_local(frames: Sequence[Frame]) -> list[list[torch.Tensor | None]]:
     """For strategies whose ranks never hold whole gradients of their own."""
     raise CapabilityError(
@@ -138,6 +142,8 @@ class Strategy:
     through the net, since they gather it on the way."""
     local_gradients: LocalGradients = refuse_local
     """What `reduce="canonical"` adds up by itself."""
+    settle: Callable[[], None] = at_once
+    """Has everything computed that was only written down; called at the end of `optimizer_step`."""
     check_unused: Callable[[], None] = allowed
     """Raises `CapabilityError` when this strategy cannot serve `allow_unused=True`."""
     check_transform: Callable[[], None] = allowed

@@ -52,6 +52,10 @@ class World:
         """The place among all processes of the job."""
         return self if self.everyone is None else self.everyone
 
+    @property
+    def wire(self) -> torch.device:
+        """Where a tensor is while it travels: on the device; one of XLA, which no group carries, on the CPU."""
+        return CPU if self.device.type == "xla" else self.device
 
 def threads_each(count: int) -> int:
     """The CPU threads of each of `count` processes that share this machine."""

@@ -15,7 +15,7 @@ from fabricfn import testing
 from fabricfn.accelerators import AUTO_ORDER
 from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.precision import NAMES as PRECISIONS, check_name
-from fabricfn.strategies import NAMES, NEED_MORE, PRESETS, model_parallel, pipeline
+from fabricfn.strategies import ACCELERATORS, EXTRAS, NAMES, NEED_MORE, PRESETS, model_parallel, pipeline
 
 PAGE = Path(__file__).parent.parent / "docs" / "strategies.md"
 BEGIN, END = "<!-- made by tests/test_capabilities.py -->", "<!-- end -->"
@@ -26,8 +26,8 @@ PLANNED = {
 }
 """Strategies that take an argument, with one that fits the nets below."""
 
-MAKERS = NAMES | PRESETS | PLANNED
-ELSEWHERE = {"pipeline": "test_pipeline.py"}
+MAKERS = NAMES | PRESETS | PLANNED | {name: EXTRAS[name] for name in ACCELERATORS}
+ELSEWHERE = {"pipeline": "test_pipeline.py", **{name: f"test_{name}.py" for name in ACCELERATORS}}
 """Strategies whose cells are held by another test file, since threads cannot run them."""
 SAME = {"ddp_spawn": "ddp", "ddp_fork": "ddp", "ddp_notebook": "ddp"}
 HERE = {name: make for name, make in MAKERS.items() if name not in ELSEWHERE and name not in SAME}

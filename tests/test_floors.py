@@ -61,7 +61,6 @@ FLOORS = (
 
 # Third-party libraries that a file may import inside a function, because they are optional and it is about them.
 OPTIONAL: dict[str, set[str]] = {
-    "accelerators": {"torch_xla"},
     "starting.cargo": {"cloudpickle"},
     "checkpoint.storage.objects": {"fsspec"},
     "checkpoint.format.checksums": {"isal"},

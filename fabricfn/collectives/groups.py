@@ -100,7 +100,7 @@ def device_for_words(world: World, group: dist.ProcessGroup) -> torch.device:
 
 def device_for(origin: torch.device, world: World, group: dist.ProcessGroup | None) -> torch.device:
     """Where a tensor of that device travels: there, if the group serves it, else on this process' device."""
-    if group is None or origin.type == world.device.type:
+    if group is None or origin.type == world.wire.type:
         return origin
     kinds = [device.type for device in group._device_types]
-    return origin if not kinds or origin.type in kinds else world.device
+    return origin if not kinds or origin.type in kinds else world.wire

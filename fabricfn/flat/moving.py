@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from fabricfn.flat.buckets import Tensors, complete, join, join_rows, plan, split
+from fabricfn.flat.hosting import over_the_host
 from fabricfn.flat.wire import Group, as_bytes, broadcast_into, exchanged, gathered, group_size
 
 
@@ -49,6 +50,7 @@ def all_gather_rows(tensors: Tensors, rows: Sequence[Sequence[int]], group: Grou
     return complete(results)
 
 
+@over_the_host
 @torch.no_grad()
 def broadcast(tensors: Tensors, src: int, group: Group) -> list[torch.Tensor]:
     """The tensors of rank `src` of the group; the other ranks' give shapes, dtypes and devices."""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from fabricfn.flat.buckets import LARGE, complete, join, plan, split
+from fabricfn.flat.hosting import over_the_host
 from fabricfn.flat.wire import Group, as_bytes, exchanged, gathered
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ def blocks_of(first: int, count: int) -> list[Block]:
     return found
 
 
+@over_the_host
 @torch.no_grad()
 def sum_in_tree(stack: Stack[list[torch.Tensor]], count: int, group: Group) -> list[torch.Tensor]:
     """The sum of the leaves of all ranks, the same bits on every rank and for every number of ranks.

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fabricfn.flat.buckets import Tensors, complete, join, join_rows, plan, split
+from fabricfn.flat.hosting import over_the_host
 from fabricfn.flat.wire import (
     SUMMED,
     Group,
@@ -25,6 +26,7 @@ def all_reduce_mean(tensors: Tensors, group: Group) -> list[torch.Tensor]:
     return all_reduce(tensors, group, "mean")
 
 
+@over_the_host
 @torch.no_grad()
 def all_reduce(tensors: Tensors, group: Group, op: str) -> list[torch.Tensor]:
     """The reduction over the ranks of each tensor, the same bits on every rank. Every rank must call it."""

@@ -126,6 +126,7 @@ def optimizer_step(
         made = [renewed(model, values, new) for model, values, new in renew]
     if verdict is not None:
         made = verdict.rescaled(made)
+    rt.strategy.settle()
     after = Optimizer(store=store, shared=shared, hyperparams=tuple(hyperparams), step=opt.step + 1, plan=plan)
     if donate:
         _give_away(opt, found, where, after)

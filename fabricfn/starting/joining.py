@@ -29,8 +29,9 @@ from fabricfn.starting.parents import mark
 from fabricfn.starting.request import Request, callbacks_of, loggers_of, seconds
 from fabricfn.starting.words import give_up, tell_uncaught
 from fabricfn.strategies import dp, resolve
+from fabricfn.strategies.xla_package import begin
 from fabricfn.watching import Watch, check_everything, guard, shared_memory
-from fabricfn.world import World
+from fabricfn.world import CPU, World
 
 Board = tuple[str | None, Store]
 """The file that the ranks of this node share, if there is a folder for it; and where they tell each other otherwise."""
@@ -95,10 +96,12 @@ def join(request: Request, topology: Topology, choice: Choice) -> Runtime:
     topology = settle(request, topology)
     check_conflicts(request, topology, choice)
     strategy = resolve(request.strategy, topology.world_size)
-    if len(choice.replicas) > 1:
+    if request.strategy == "dp" and len(choice.replicas) > 1:
         strategy = dp([device_of(choice.accelerator, index) for index in choice.replicas])
     device = local_device(topology, choice)
-    if device.type not in ("cpu", "mps", "xla"):
+    if device.type == "xla":
+        begin(topology.local_rank, topology.local_world_size, spmd=bool(choice.replicas))
+    elif device.type not in ("cpu", "mps"):
         torch.accelerator.set_device_index(device)
     owns_group = topology.world_size > 1 and not dist.is_initialized()
     board = _make_group(request, topology, device) if owns_group else None
@@ -157,7 +160,7 @@ def _watched(world: World, board: Board, request: Request, topology: Topology) -
     watch = Watch(world, memory, seconds(request.timeout), debug=request.debug)
     assert world.group is not None
     _WATCHES[world.group] = watch
-    guard(watch, partial(give_up, topology), host_waits=world.device.type in ("cpu", "mps"))
+    guard(watch, partial(give_up, topology), host_waits=world.device.type in ("cpu", "mps", "xla"))
     return dataclasses.replace(world, watch=watch)
 
 
@@ -180,8 +183,9 @@ def _make_group(request: Request, topology: Topology, device: torch.device) -> B
     generation = store.add(f"fabricfn/{topology.attempt}/{topology.rank}", 1)
     backend = request.backend
     if backend is None:
-        own = dist.get_default_backend_for_device(device)
-        backend = own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
+        # no group carries XLA's tensors: see [Note: over the host]
+        own = dist.get_default_backend_for_device(device if device.type != "xla" else CPU)
+        backend = own if device.type in ("cpu", "xla") else f"cpu:gloo,{device.type}:{own}"
     dist.init_process_group(
         backend,
         store=PrefixStore(f"fabricfn/{topology.attempt}/{generation}", store),

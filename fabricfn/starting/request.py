@@ -11,7 +11,8 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import STOP_SIGNALS, numbers_of
 from fabricfn.loggers.logger import Logger
 from fabricfn.precision import Precision, check_name
-from fabricfn.strategies import STARTS, resolve
+from fabricfn.strategies import ACCELERATORS, STARTS, resolve
+from fabricfn.strategies.xla_package import num_devices
 from fabricfn.strategy import Strategy
 
 START_METHODS = ("auto", "fork", "spawn", "forkserver")
@@ -80,9 +81,33 @@ def choice_of(request: Request) -> Choice:
     if request.grace < 0:
         raise ConfigurationError(f"grace={request.grace!r} must be a number of seconds, 0 or more.")
     Precision.parse(request.precision)
-    choice = choose(request.accelerator, request.devices, available())
+    accelerator, found = accelerator_of(request), available()
+    if accelerator == "xla":
+        found["xla"] = num_devices()
+    choice = choose(accelerator, request.devices, found)
     check_name(request.precision, choice.accelerator)
-    return in_one_process(choice) if request.strategy == "dp" else choice
+    return in_one_process(choice) if name_of(request.strategy) == "xla_fsdp" or request.strategy == "dp" else choice
+
+
+def name_of(strategy: str | Strategy) -> str:
+    """The name of a strategy."""
+    return strategy if isinstance(strategy, str) else strategy.name
+
+
+def accelerator_of(request: Request) -> str:
+    """What `accelerator` and a strategy such as "xla" say together.
+
+    Raises:
+        ConfigurationError: they contradict each other.
+    """
+    name = name_of(request.strategy)
+    own = ACCELERATORS.get(name, "auto")
+    if "auto" not in (own, request.accelerator) and own != request.accelerator:
+        raise ConfigurationError(
+            f'strategy={name!r} means accelerator="{own}", but accelerator={request.accelerator!r}. Leave accelerator'
+            " out; the environment variable PJRT_DEVICE (CPU, TPU) says on which hardware XLA computes."
+        )
+    return request.accelerator if own == "auto" else own
 
 
 def loggers_of(request: Request) -> tuple[Logger, ...]:

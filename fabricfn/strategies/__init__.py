@@ -11,6 +11,8 @@ from fabricfn.strategies.ddp import ddp as ddp
 from fabricfn.strategies.dp import dp as dp
 from fabricfn.strategies.functional import functional as functional
 from fabricfn.strategies.single import single as single
+from fabricfn.strategies.xla import xla as xla
+from fabricfn.strategies.xla_fsdp import xla_fsdp as xla_fsdp
 from fabricfn.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ PRESETS: dict[str, Callable[[], Strategy]] = {
 STARTS = {"ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
 """The names that say by which method `launch` starts ranks. A script is run again, as for ddp."""
 
+ACCELERATORS = {"xla": "xla", "xla_fsdp": "xla"}
+"""The names that say on which accelerator; under all others `accelerator="auto"` takes what there is."""
+
 
 def _deepspeed(stage: int, **offload: str) -> Callable[[], Strategy]:
     return lambda: __getattr__("deepspeed")(stage=stage, **offload)
@@ -72,6 +77,8 @@ EXTRAS: dict[str, Callable[[], Strategy]] = {
     "deepspeed_stage_2_offload": _deepspeed(2, **_HOST),
     "deepspeed_stage_3_offload": _deepspeed(3, **_HOST, offload_param="cpu"),
     "deepspeed_stage_3_offload_nvme": _deepspeed(3, offload_optimizer="nvme", offload_param="nvme"),
+    "xla": xla,
+    "xla_fsdp": xla_fsdp,
 }
 """Names whose packages are extras: known as the others are, but no law is checked over them unless they are named."""
 

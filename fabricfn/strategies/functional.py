@@ -107,8 +107,18 @@ def refuse_inner_backward(loss: torch.Tensor) -> None:
         todo += [node for node, _ in node.next_functions]
 
 
-def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:
-    """The sums, averaged over ranks."""
+def mean_in(dtype: torch.dtype | None, grads: Sequence[torch.Tensor], group: Any) -> Sequence[torch.Tensor]:
+    """The means over ranks, computed in `dtype`, in the gradients' own dtypes."""
+    if dtype is None:
+        return all_reduce_mean(grads, group)
+    cast_down = [grad.to(dtype) if grad.is_floating_point() else grad for grad in grads]
+    return [mean.to(grad.dtype) for mean, grad in zip(all_reduce_mean(cast_down, group), grads, strict=True)]
+
+
+def gradients(
+    frames: Sequence[Frame], world: World, *, allow_unused: bool, mean: Callable[..., Sequence[torch.Tensor]] = mean_in
+) -> list[list[torch.Tensor | None]]:
+    """The sums, averaged over ranks by `mean`."""
     handles: list[Values] = [frame.handle for frame in frames]
     taken = [values.sums for values in handles]
     for values in handles:
@@ -120,22 +130,14 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
     flat = [grad for grads in taken for grad in grads]
     slots = [slot for frame in frames for slot in frame.slots]
     if allow_unused:
-        used = anywhere([grad is not None for grad in flat], world.group, world.device)
+        used = anywhere([grad is not None for grad in flat], world.group, world.wire)
         flat = [
             torch.zeros_like(slot) if somewhere and grad is None else grad
             for grad, slot, somewhere in zip(flat, slots, used, strict=True)
         ]
-    means = iter(mean_in(handles[0].reduce_dtype, [grad for grad in flat if grad is not None], world.group))
+    means = iter(mean(handles[0].reduce_dtype, [grad for grad in flat if grad is not None], world.group))
     reduced = iter([None if grad is None else next(means) for grad in flat])
     return [[next(reduced) for _ in grads] for grads in taken]
-
-
-def mean_in(dtype: torch.dtype | None, grads: Sequence[torch.Tensor], group: Any) -> Sequence[torch.Tensor]:
-    """The means over ranks, computed in `dtype`, in the gradients' own dtypes."""
-    if dtype is None:
-        return all_reduce_mean(grads, group)
-    cast_down = [grad.to(dtype) if grad.is_floating_point() else grad for grad in grads]
-    return [mean.to(grad.dtype) for mean, grad in zip(all_reduce_mean(cast_down, group), grads, strict=True)]
 
 
 def local_gradients(frames: Sequence[Frame]) -> list[list[torch.Tensor | None]]:

@@ -72,7 +72,7 @@ def _tensors(path: str, a: Any, b: torch.Tensor, tolerance: float) -> Difference
 
 def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor of which one rank holds everything may stand for a whole one."""
-    part = local_of(tensor.detach())
+    part = local_of(tensor.detach()).cpu()
     return part.reshape(tensor.shape) if part.numel() == tensor.numel() else part
 
 

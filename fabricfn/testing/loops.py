@@ -18,6 +18,7 @@ from fabricfn.optimizers import optimizer_step, setup_optimizer
 from fabricfn.random import fold_in, key
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import whole
+from fabricfn.transfers import to_device
 from fabricfn.tree import Tree, tree_leaves, tree_map
 
 Train = Callable[..., Tree]
@@ -82,7 +83,7 @@ def training_loop(
     def pieces(rt: Runtime, step: int, accumulation: int) -> list[Any]:
         order = torch.randperm(size, generator=fold_in(key(rt.seed), step).generator())[:batch_size]
         mine = order[cut(len(order), rt.world_size)[rt.rank]]
-        return [rows_of(args, mine[part]) for part in cut(len(mine), accumulation)]
+        return [to_device(rt, rows_of(args, mine[part])) for part in cut(len(mine), accumulation)]
 
     def train(
         rt: Runtime,
@@ -111,7 +112,7 @@ def training_loop(
             "params": gather_params(rt, model),
             "buffers": dict(model.buffers),
             "optimizer": [whole(leaf) for leaf in tree_leaves(opt)],
-            "loss": value(rt, weighted_loss, weighted=True)(eval_mode(model), *mine),
+            "loss": value(rt, weighted_loss, weighted=True)(eval_mode(model), *to_device(rt, mine)),
         }
 
     return train

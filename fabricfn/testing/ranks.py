@@ -6,13 +6,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
+from fabricfn.accelerators import device_of
 from fabricfn.errors import ConfigurationError
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
-from fabricfn.strategies import resolve
+from fabricfn.strategies import ACCELERATORS, resolve
+from fabricfn.strategies.xla_package import begin
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
 
@@ -91,20 +92,24 @@ def options_of(
 
 
 def runtime_of(options: Options, rank: int, group: dist.ProcessGroup | None) -> Runtime:
-    """The runtime of one rank of a testing world: one node, CPU."""
+    """The runtime of one rank of a testing world: one node, on the CPU or XLA's device."""
+    strategy = resolve(options.strategy, options.world_size)
+    accelerator = ACCELERATORS.get(strategy.name, "cpu")
+    if accelerator == "xla":
+        begin(rank, options.world_size, spmd=strategy.max_ranks == 1)
     world = World(
         rank=rank,
         world_size=options.world_size,
         local_rank=rank,
         local_world_size=options.world_size,
         group=group,
-        device=torch.device("cpu"),
+        device=device_of(accelerator, 0),
     )
-    strategy = resolve(options.strategy, options.world_size)
     return Runtime(
         world=strategy.arrange(world),
         precision=options.precision,
         strategy=strategy,
+        accelerator=accelerator,
         environment="testing",
         seed=options.seed,
     )

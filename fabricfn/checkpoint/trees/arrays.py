@@ -97,7 +97,7 @@ def identity(value: Any) -> Hashable | None:
     """Equal for arrays that are the very same memory, seen alike; None where there is no memory to share."""
     if isinstance(value, torch.Tensor):
         local = local_tensor(value)
-        if not local.numel() or local.is_meta:
+        if not local.numel() or local.is_meta or not local.data_ptr():  # XLA tells nobody where its memory is
             return None
         bits = (local.is_conj(), local.is_neg())
         place = (local.device, local.data_ptr(), local.dtype, local.shape, local.stride())

@@ -103,6 +103,8 @@ def span(like: Any) -> tuple[str, int, int] | None:
         if local.is_meta or not local.numel():
             return None
         size, device, place = local.element_size(), str(local.device), local.data_ptr()
+        if not place:  # XLA tells nobody where its memory is
+            return None
         reach = [stride * (length - 1) * size for stride, length in zip(local.stride(), local.shape, strict=True)]
     elif type(like) is np.ndarray and like.size:
         size, device, place = like.itemsize, "cpu", int(like.ctypes.data)

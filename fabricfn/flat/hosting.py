@@ -1,0 +1,30 @@
+"""Tensors that no process group carries go over the host.
+
+[Note: over the host] gloo takes tensors of the CPU, and a tensor of an XLA device has no memory that one could show to
+anybody. So the list comes to the host, travels there, and the results go back. `World.wire` says so for single numbers.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from fabricfn.tree import tree_leaves, tree_map
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def over_the_host(run: F) -> F:
+    """A function of lists of tensors on one device, the first argument, that returns such a list."""
+
+    @functools.wraps(run)
+    def call(tensors: Any, *args: Any) -> Any:
+        if "torch_xla" not in sys.modules:
+            return run(tensors, *args)
+        home = next((leaf.device for leaf in tree_leaves(tensors) if getattr(leaf, "is_xla", False)), None)
+        if home is None:
+            return run(tensors, *args)
+        found = run(tree_map(lambda leaf: leaf.cpu() if hasattr(leaf, "cpu") else leaf, tensors), *args)
+        return [one.to(home) for one in found]
+
+    return cast("F", call)
