@@ -4,6 +4,7 @@ They run in the environment that nox itself is installed in, which the commands 
 a second copy of it per session would cost minutes and gigabytes without testing anything else.
 """
 
+import os
 import sys
 
 import nox
@@ -57,6 +58,21 @@ def deepspeed(session: nox.Session) -> None:
     install = (sys.executable, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[deepspeed]")
     session.run(*install, env={**ENV, "DS_BUILD_OPS": "0"})
     python(session, "-m", "pytest", "tests/test_deepspeed.py", *session.posargs)
+
+
+@nox.session(venv_backend="venv", reuse_venv=True)
+def xla(session: nox.Session) -> None:
+    """The laws over the real torch_xla, in an environment of its own, for it needs torch 2.9. Not part of the round.
+
+    Two runs, since a process has either a device or all of them. FABRICFN_XLA_PYTHON names an interpreter that has
+    everything already: elsewhere than on TPUs pip brings gigabytes of CUDA along, of which nothing is used.
+    """
+    ready = os.environ.get("FABRICFN_XLA_PYTHON")
+    if ready is None:
+        session.install("-e", ".[xla,testing,closures]", "pytest", "pytest-timeout")
+    for name, devices in (("xla", "2"), ("xla_fsdp", "4")):
+        command = (ready or "python", "-m", "pytest", f"tests/test_{name}.py", *session.posargs)
+        session.run(*command, env={**ENV, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": devices}, external=bool(ready))
 
 
 @nox.session

@@ -52,7 +52,7 @@ def choose(accelerator: str, devices: int | str | Sequence[int] | None, found: M
     """The devices that `accelerator` and `devices` mean on a machine that has `found`.
 
     Args:
-        accelerator: "auto", "cpu", "gpu" (cuda, else mps), "cuda", "mps", "tpu", "xla", or the name of another back end.
+        accelerator: "auto", "cpu", "gpu" (cuda, else mps), "cuda", "mps", "tpu", "xla", or the name of another one.
         devices: a number of devices; a list of indices, also as "1, 4"; "auto", -1 or "-1" for all (on CPU one
             process); None or 0 for the CPU.
         found: what `available` returned.

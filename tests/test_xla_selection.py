@@ -31,14 +31,13 @@ def test_a_tpu_is_what_torch_says_it_is():
 
 
 NATIVE = """
-    import sys
+    import dataclasses
     import torch, torch.distributed as dist
     from fabricfn import accelerators, testing
-    from fabricfn.starting import joining
     from fabricfn.testing import cases
     import fabricfn as ff
 
-    class Probe:  # as torch_tpu answers, without a device
+    class Probe:  # answers as torch_tpu does; there is no device
         current_accelerator = staticmethod(lambda check_available=False: torch.device("tpu"))
         device_count = staticmethod(lambda: 2)
         chosen = []
@@ -49,28 +48,29 @@ NATIVE = """
     accelerators.available.__defaults__ = (Probe,)
     torch.accelerator.set_device_index = Probe.chosen.append
 
-    def facts(rt):
-        config = dist.distributed_c10d._world.pg_backend_config[dist.group.WORLD]
-        return rt.accelerator, str(rt.device), str(Probe.chosen[-1]), config, rt.strategy.name
-
-    print(ff.launch(facts, start_method="fork"))
-
-    joining.device_of = lambda *_: torch.device("cpu")  # the engines, on tensors that can be computed
     module, x_shape, y_shape = cases.build("mlp", 5, 2)
     batch = tuple(cases.filled((23, *shape), torch.float64, seed) for seed, shape in enumerate((x_shape, y_shape)))
     train = testing.training_loop(cases.initialised(module, 7), cases.mean_square, batch, lr=0.1)
+
+    def work(rt):
+        config = dist.distributed_c10d._world.pg_backend_config[dist.group.WORLD]
+        facts = rt.accelerator, str(rt.device), str(Probe.chosen[-1]), config, rt.strategy.name
+        near = dataclasses.replace(rt, world=dataclasses.replace(rt.world, device=torch.device("cpu")))
+        sharded = dataclasses.replace(near, strategy=ff.strategies.fsdp())
+        return facts, train(near), train(sharded)
+
     whole = testing.run(train, world_size=1, precision="64-true")[0]
-    for strategy in ("ddp", "fsdp"):
-        found = ff.launch(train, accelerator="tpu", strategy=strategy, precision="64-true", start_method="fork")
-        print(strategy, *(testing.difference(one, whole, 1e-11) for one in found))
+    for facts, *found in ff.launch(work, precision="64-true", start_method="fork"):
+        print(*facts, *(testing.difference(one, whole, 1e-11) for one in found))
 """
 
 
 def test_ranks_of_a_native_tpu_are_those_of_any_accelerator():
+    """The engines compute on the CPU in the group of the TPUs, since there is no device."""
     command = [sys.executable, "-c", textwrap.dedent(NATIVE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    ranks = [("tpu", f"tpu:{rank}", f"tpu:{rank}", "cpu:gloo,tpu:tpu_dist", "ddp") for rank in range(2)]
-    assert done.stdout.splitlines() == [str(ranks), "ddp None None", "fsdp None None"], done.stderr
+    ranks = [f"tpu tpu:{rank} tpu:{rank} cpu:gloo,tpu:tpu_dist ddp None None" for rank in range(2)]
+    assert done.stdout.splitlines() == ranks, done.stderr
 
 
 class Replicas:

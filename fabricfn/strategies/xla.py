@@ -1,7 +1,7 @@
 """Data parallel on the devices of XLA (TPU, or PJRT_DEVICE=CPU) by the package torch_xla: one rank a device.
 
-XLA's tensors are lazy: operations are written down until `settle`. A step is three graphs: what was left over, the pass,
-the optimizer. Decisions and traps: docs/decisions/0014-xla.md.
+XLA's tensors are lazy: operations are written down until `settle`. So a step is two graphs, the pass and the optimizer,
+each compiled once. Decisions and traps: docs/decisions/0014-xla.md.
 """
 
 import dataclasses
@@ -11,7 +11,12 @@ from typing import Any
 import torch
 
 from fabricfn.engine import Frame
-from fabricfn.strategies import functional as pure
+from fabricfn.strategies.functional import (
+    forward as run_forward,
+    functional,
+    gradients as take,
+    mean_in as mean_over_host,
+)
 from fabricfn.strategies.xla_package import mean_over_replicas, settle, spans
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
@@ -31,18 +36,18 @@ def xla() -> Strategy:
         >>> xla().name
         'xla'
     """
-    return dataclasses.replace(pure.functional(), name="xla", forward=forward, gradients=gradients, settle=settle)
+    return dataclasses.replace(functional(), name="xla", forward=forward, gradients=gradients, settle=settle)
 
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
     """`fn` of the nets; a graph of its own begins with it, so that each pass is compiled once."""
     settle()
-    return pure.forward(frames, fn, sync=sync, loss_fn=loss_fn)
+    return run_forward(frames, fn, sync=sync, loss_fn=loss_fn)
 
 
 def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:
     """The means over ranks, computed together with the loss."""
-    taken = pure.gradients(frames, world, allow_unused=allow_unused, mean=mean_in)
+    taken = take(frames, world, allow_unused=allow_unused, mean=mean_in)
     settle()
     return taken
 
@@ -50,6 +55,6 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
 def mean_in(dtype: torch.dtype | None, grads: Sequence[torch.Tensor], group: Any) -> Sequence[torch.Tensor]:
     """As `functional.mean_in`, by XLA itself where it can."""
     if not spans(group.size()):
-        return pure.mean_in(dtype, grads, group)
+        return mean_over_host(dtype, grads, group)
     means = mean_over_replicas([grad if dtype is None else grad.to(dtype) for grad in grads])
     return [mean.to(grad.dtype) for mean, grad in zip(means, grads, strict=True)]

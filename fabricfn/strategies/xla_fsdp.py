@@ -15,7 +15,13 @@ from torch import nn
 
 from fabricfn.engine import Call, Frame
 from fabricfn.precision import Precision
-from fabricfn.strategies import functional as pure
+from fabricfn.strategies.functional import (
+    Values,
+    attach as plainly,
+    forward as run_forward,
+    functional,
+    gradients as take,
+)
 from fabricfn.strategies.units import Units, plan
 from fabricfn.strategies.xla_package import Spread, settle
 from fabricfn.strategy import Strategy, point as point_whole
@@ -24,7 +30,7 @@ from fabricfn.world import World
 
 
 @dataclasses.dataclass(slots=True)
-class Values(pure.Values):
+class Cut(Values):
     """The handle of a frame."""
 
     units: tuple[str, ...] = ()
@@ -36,8 +42,8 @@ def xla_fsdp(*, units: Units = "auto") -> Strategy:
 
     The package is torch_xla (`pip install "fabricfn[xla]"`), with its torch 2.9. `init_runtime(strategy="xla_fsdp")`
     means `accelerator="xla"`, and the world is one rank, whatever the number of devices. The leaves of `Model`, `Grads`
-    and of the optimizer's state are plain tensors of their whole shape, whose memory is spread over the devices. Losses,
-    optimizers and checkpoints are therefore those of one device, and so is the result, up to rounding.
+    and of the optimizer's state are plain tensors of their whole shape, whose memory is spread over the devices. So
+    losses, optimizers and checkpoints are those of one device, and so is the result, up to rounding.
 
     Args:
         units: after which sub-modules the rows stay on their devices: "auto" for the repeated blocks of lists, a module
@@ -51,12 +57,12 @@ def xla_fsdp(*, units: Units = "auto") -> Strategy:
         ('xla_fsdp', 1)
     """
 
-    def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Values | None:
-        plain = pure.attach(net, world, precision, frozen=frozen)
-        return plain and Values(plain.box, plain.names, plain.reduce_dtype, units=plan(net, units))
+    def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Cut | None:
+        plain = plainly(net, world, precision, frozen=frozen)
+        return plain and Cut(plain.box, plain.names, plain.reduce_dtype, units=plan(net, units))
 
     return dataclasses.replace(
-        pure.functional(),
+        functional(),
         name="xla_fsdp",
         max_ranks=1,
         attach=attach,
@@ -75,7 +81,7 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
         for leaf in tree_leaves(fn.values):
             spread.cut(leaf)
     with rows_stay(frames, spread):
-        return pure.forward(frames, fn, sync=sync, loss_fn=loss_fn)
+        return run_forward(frames, fn, sync=sync, loss_fn=loss_fn)
 
 
 @contextlib.contextmanager
@@ -96,7 +102,7 @@ def rows_stay(frames: Sequence[Frame], spread: Spread) -> Generator[None]:
 
 def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> list[list[torch.Tensor | None]]:
     """The gradients, cut as the parameters are."""
-    taken = pure.gradients(frames, world, allow_unused=allow_unused)
+    taken = take(frames, world, allow_unused=allow_unused)
     spread = Spread()
     for grad in (grad for grads in taken for grad in grads):
         spread.cut(grad)
