@@ -148,8 +148,8 @@ class Lazy:
         self.model.set_rng_state(state, self.device)
 
     def manual_seed(self, seed: int) -> None:
-        """Start from a seed, of which XLA takes 63 bits."""
-        self.set_state(seed >> 1)
+        """Start from a seed of 64 bits."""
+        self.set_state(seed)
 
 
 def device_generator(device: torch.device) -> torch.Generator:

@@ -18,13 +18,13 @@ def over_the_host(run: F) -> F:
     """A function of lists of tensors on one device, the first argument, that returns such a list."""
 
     @functools.wraps(run)
-    def call(tensors: Any, *args: Any) -> Any:
+    def call(tensors: Any, *args: Any, **options: Any) -> Any:
         if "torch_xla" not in sys.modules:
-            return run(tensors, *args)
+            return run(tensors, *args, **options)
         home = next((leaf.device for leaf in tree_leaves(tensors) if getattr(leaf, "is_xla", False)), None)
         if home is None:
-            return run(tensors, *args)
-        found = run(tree_map(lambda leaf: leaf.cpu() if hasattr(leaf, "cpu") else leaf, tensors), *args)
+            return run(tensors, *args, **options)
+        found = run(tree_map(lambda leaf: leaf.cpu() if hasattr(leaf, "cpu") else leaf, tensors), *args, **options)
         return [one.to(home) for one in found]
 
     return cast("F", call)

@@ -84,7 +84,9 @@ class _Agent(LocalElasticAgent):
             marked(self.attempt(), rank, "joined") for rank in self.ranks().values()
         ):
             death_sig = signal.SIGTERM  # KeyboardInterrupt in the middle of an import is a traceback of each rank
-        super()._shutdown(death_sig, self.grace if told else GRACE)  # pyright: ignore
+        if self._pcontext is not None:  # torch 2.9 has no time limit for its own call of this
+            self._pcontext.close(death_sig, self.grace if told else GRACE)  # pyright: ignore
+        super()._shutdown(death_sig)  # pyright: ignore
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
         failed = self._has_failed()

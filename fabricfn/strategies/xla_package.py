@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fabricfn.errors import CapabilityError
+from fabricfn.errors import CapabilityError, ConfigurationError
 
 
 def package(part: str = "") -> Any:
@@ -43,13 +43,26 @@ def num_devices() -> int:
 
 
 def begin(local_rank: int, local_world_size: int, *, spmd: bool) -> None:
-    """Say what this process is, before its first tensor: the one that has all devices (SPMD), or one among several."""
+    """Say what this process is, before its first tensor: the one that has all devices (SPMD), or one among several.
+
+    Raises:
+        CapabilityError: see `package`.
+        ConfigurationError: autograd has computed already, and does not know these devices.
+    """
     runtime = package("runtime")
     if spmd:
         if not runtime.is_spmd():
             runtime.use_spmd()
     elif local_world_size > 1 and runtime.device_type() != "CPU":  # on a CPU processes know nothing of each other
         package("_internal.pjrt").initialize_multiprocess(local_rank, local_world_size)
+    one = torch.zeros((), device="xla", requires_grad=True)
+    try:
+        (one + 1).backward()  # pyright: ignore[reportUnknownMemberType]
+    except RuntimeError as error:
+        raise ConfigurationError(
+            "a backward pass has run in this process before XLA was started, and autograd learns of no devices after"
+            ' its first one. Call init_runtime(strategy="xla") before anything else computes gradients.'
+        ) from error
 
 
 def settle() -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of, view_of
+from fabricfn.checkpoint.trees.reading import on_host
 from fabricfn.errors import CheckpointError
 from fabricfn.sharding import is_sharded, with_local
 
@@ -105,7 +106,7 @@ def read(stored: Stored, like: torch.Tensor | None, what: str, device: torch.dev
             stored.fill(into, parts_of(into), what)
             return into.to(device)
         values = local_tensor(like)
-        into = torch.empty_like(values, dtype=stored.dtype, device="cpu")
+        into = on_host(values, stored.dtype)
         stored.fill(into, parts_of(like), what)
         made = into.to(device=device if values.is_meta else values.device, dtype=like.dtype)
         loaded = with_local(like, made)

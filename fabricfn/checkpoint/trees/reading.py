@@ -36,7 +36,14 @@ def room_for(leaf: Leaf, like: Any, device: torch.device, donate: bool) -> torch
     values = local_tensor(like)
     if (device if values.is_meta else values.device).type != "cpu" or (donate and not values.is_meta):
         return None
-    return torch.empty_like(values, device="cpu", requires_grad=False)
+    return on_host(values)
+
+
+def on_host(values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Host memory for such a tensor."""
+    if values.is_xla:  # what `empty_like` makes of it wraps a tensor, whose bytes are others than it shows (torch 2.9)
+        return torch.empty(values.shape, dtype=dtype or values.dtype, device="cpu")
+    return torch.empty_like(values, dtype=dtype, device="cpu", requires_grad=False)
 
 
 def read_leaf(
@@ -85,7 +92,7 @@ def _read_like(
             if not values.is_inference():
                 bump([like])
             return like
-        into = torch.empty_like(values, device="cpu") if room is None else room
+        into = on_host(values) if room is None else room
         read_parts(source, leaf, into, parts, what)
         if fill:
             values.copy_(into)
