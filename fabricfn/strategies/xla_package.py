@@ -55,6 +55,7 @@ def begin(local_rank: int, local_world_size: int, *, spmd: bool) -> None:
             runtime.use_spmd()
     elif local_world_size > 1 and runtime.device_type() != "CPU":  # on a CPU processes know nothing of each other
         package("_internal.pjrt").initialize_multiprocess(local_rank, local_world_size)
+    runtime.addressable_runtime_device_count()  # starts it: before that, autograd counts no devices
     one = torch.zeros((), device="xla", requires_grad=True)
     try:
         (one + 1).backward()  # pyright: ignore[reportUnknownMemberType]
@@ -107,4 +108,4 @@ class Spread:
         return ("fsdp", *[None] * (tensor.dim() - 1))
 
     def _spec(self, tensor: torch.Tensor) -> str:
-        return package("_XLAC")._get_xla_sharding_spec(tensor)
+        return package()._XLAC._get_xla_sharding_spec(tensor)

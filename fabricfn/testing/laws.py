@@ -198,7 +198,7 @@ def _load(rt: Runtime, make: Train, path: str) -> Tree:
 def _other(leaf: Any) -> Any:
     """A leaf of the same kind with other values, so that a load that reads nothing is found out."""
     if isinstance(leaf, torch.Tensor):
-        return torch.zeros_like(leaf) if bool(local_of(leaf).any()) else torch.ones_like(leaf)
+        return torch.zeros_like(leaf) if bool(local_of(leaf).cpu().any()) else torch.ones_like(leaf)
     return type(leaf)(not leaf) if isinstance(leaf, bool | int | float) else leaf
 
 
