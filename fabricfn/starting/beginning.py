@@ -59,7 +59,8 @@ def init_runtime(
 
     Args:
         accelerator: "auto" (the first of tpu, cuda, mps, cpu that exists), "cpu", "gpu" (cuda, else mps), "cuda",
-            "mps", "tpu", or the name of another `torch.accelerator` back end.
+            "mps", "tpu", "xla" (what torch_xla computes on: docs/strategies.md), or the name of another
+            `torch.accelerator` back end.
         devices: per node: a number; a list of indices, also as "1, 4" (not on CPU); "auto", -1 or "-1" for all (on CPU
             one process); None or 0 for the CPU.
         strategy: "auto" (single for one rank, else ddp), "single", "dp", "ddp", "fsdp", "functional", another name
