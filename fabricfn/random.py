@@ -132,7 +132,7 @@ class seeded:
             self._other.set_state(self._other_state)
 
 
-class Lazy:
+class XlaGenerator:
     """The random numbers of an XLA device as a generator: its state is one number, which each graph moves on."""
 
     def __init__(self, device: torch.device) -> None:
@@ -162,7 +162,7 @@ def device_generator(device: torch.device) -> torch.Generator:
     if device.type == "mps":
         return torch.mps._get_default_mps_generator()
     if device.type == "xla" and "torch_xla" in sys.modules:
-        return cast("torch.Generator", Lazy(device))
+        return cast("torch.Generator", XlaGenerator(device))
     module: Any = getattr(torch, device.type, None)
     if device.type in ("cuda", "xpu", "mtia"):
         module.init()  # before that they have no generators

@@ -85,6 +85,7 @@ class Replicas:
                 "device_type": lambda: kind,
                 "process_count": lambda: processes,
                 "addressable_device_count": lambda: devices,
+                "addressable_runtime_device_count": lambda: devices,
                 "is_spmd": lambda: bool(spmd),
                 "use_spmd": lambda: (spmd.append(True), self.begun.append("spmd")),
             },
@@ -92,7 +93,7 @@ class Replicas:
             "_internal.tpu": {"num_available_chips": lambda: 4},
             "_internal.pjrt": {"initialize_multiprocess": lambda *place: self.begun.append(place)},
         }
-        for name, names in {"": {"sync": self.sync}, **parts}.items():
+        for name, names in {"": {"sync": self.sync, "device": lambda: torch.device("cpu")}, **parts}.items():
             module = ModuleType(name)
             vars(module).update(names)
             monkeypatch.setitem(sys.modules, f"torch_xla.{name}".rstrip("."), module)

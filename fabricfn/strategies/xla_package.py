@@ -56,7 +56,7 @@ def begin(local_rank: int, local_world_size: int, *, spmd: bool) -> None:
     elif local_world_size > 1 and runtime.device_type() != "CPU":  # on a CPU processes know nothing of each other
         package("_internal.pjrt").initialize_multiprocess(local_rank, local_world_size)
     runtime.addressable_runtime_device_count()  # starts it: before that, autograd counts no devices
-    one = torch.zeros((), device="xla", requires_grad=True)
+    one = torch.zeros((), device=package().device(), requires_grad=True)
     try:
         (one + 1).backward()  # pyright: ignore[reportUnknownMemberType]
     except RuntimeError as error:
@@ -94,18 +94,18 @@ class Spread:
         self.mesh = self.spmd.Mesh(list(range(count)), (count,), ("fsdp",))
 
     def cut(self, leaf: Any) -> None:
-        """Let each device have some rows of a tensor that lies anyhow; everything else stays as it is."""
-        if isinstance(leaf, torch.Tensor) and leaf.is_xla and leaf.dim() and not self._spec(leaf):
+        """Let each device have some rows of a tensor that all of them hold; everything else stays as it is."""
+        if self._can(leaf) and package()._XLAC._get_xla_sharding_spec(leaf) in ("", "{replicated}"):
             self.spmd.mark_sharding(leaf, self.mesh, self._rows(leaf))
 
     def cut_in_graph(self, leaf: Any) -> Any:
         """The same values, cut, and so is their gradient."""
-        if isinstance(leaf, torch.Tensor) and leaf.is_xla and leaf.dim():
+        if self._can(leaf):
             return self.spmd.mark_sharding_with_gradients(leaf, self.mesh, self._rows(leaf))
         return leaf
 
+    def _can(self, leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.is_xla and leaf.dim() > 0
+
     def _rows(self, tensor: torch.Tensor) -> tuple[str | None, ...]:
         return ("fsdp", *[None] * (tensor.dim() - 1))
-
-    def _spec(self, tensor: torch.Tensor) -> str:
-        return package()._XLAC._get_xla_sharding_spec(tensor)
