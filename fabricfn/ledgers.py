@@ -136,7 +136,7 @@ def owned(leaf: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same, where gradients that share memory (autograd hands out views of one tensor) get memory of their own."""
     seen: set[int] = {0}
     for place, tensor in enumerate(leaf):
-        start = 0 if tensor.is_xla else tensor.untyped_storage().data_ptr()  # no two of XLA's share any
+        start = 0 if tensor.device.type == "xla" else tensor.untyped_storage().data_ptr()  # no two of XLA's share any
         if start in seen and start:
             leaf[place] = tensor.clone()
         seen.add(start)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
+
 from fabricfn.tree import tree_leaves, tree_map
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,10 +23,13 @@ def over_the_host(run: F) -> F:
     def call(tensors: Any, *args: Any, **options: Any) -> Any:
         if "torch_xla" not in sys.modules:
             return run(tensors, *args, **options)
-        home = next((leaf.device for leaf in tree_leaves(tensors) if getattr(leaf, "is_xla", False)), None)
-        if home is None:
+        homes = [leaf.device for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)]
+        if not homes or homes[0].type != "xla":
             return run(tensors, *args, **options)
-        found = run(tree_map(lambda leaf: leaf.cpu() if hasattr(leaf, "cpu") else leaf, tensors), *args, **options)
-        return [one.to(home) for one in found]
+        return [one.to(homes[0]) for one in run(tree_map(_on_the_host, tensors), *args, **options)]
 
     return cast("F", call)
+
+
+def _on_the_host(leaf: Any) -> Any:
+    return leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf

@@ -91,7 +91,7 @@ def choice_of(request: Request) -> Choice:
 
 def name_of(strategy: str | Strategy) -> str:
     """The name of a strategy."""
-    return strategy if isinstance(strategy, str) else strategy.name
+    return strategy.name if isinstance(strategy, Strategy) else strategy
 
 
 def accelerator_of(request: Request) -> str:

@@ -8,7 +8,7 @@ changes: an annotation says where numbers are, never what they are. docs/decisio
 import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
     settle()
     spread = Spread()
     if type(fn) is Call:
-        for leaf in tree_leaves(fn.values):
+        for leaf in tree_leaves(cast("Call", fn).values):
             spread.cut(leaf)
     with rows_stay(frames, spread):
         return run_forward(frames, fn, sync=sync, loss_fn=loss_fn)

@@ -105,7 +105,7 @@ class Spread:
         return leaf
 
     def _can(self, leaf: Any) -> bool:
-        return isinstance(leaf, torch.Tensor) and leaf.is_xla and leaf.dim() > 0
+        return isinstance(leaf, torch.Tensor) and leaf.device.type == "xla" and leaf.dim() > 0
 
     def _rows(self, tensor: torch.Tensor) -> tuple[str | None, ...]:
         return ("fsdp", *[None] * (tensor.dim() - 1))

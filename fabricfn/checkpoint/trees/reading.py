@@ -41,7 +41,9 @@ def room_for(leaf: Leaf, like: Any, device: torch.device, donate: bool) -> torch
 
 def on_host(values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Host memory for such a tensor."""
-    if values.is_xla:  # what `empty_like` makes of it wraps a tensor, whose bytes are others than it shows (torch 2.9)
+    if (
+        values.device.type == "xla"
+    ):  # what `empty_like` makes of it wraps a tensor, whose bytes are others than it shows (torch 2.9)
         return torch.empty(values.shape, dtype=dtype or values.dtype, device="cpu")
     return torch.empty_like(values, dtype=dtype, device="cpu", requires_grad=False)
 
