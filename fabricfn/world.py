@@ -57,6 +57,7 @@ class World:
         """Where a tensor is while it travels: on the device; one of XLA, which no group carries, on the CPU."""
         return CPU if self.device.type == "xla" else self.device
 
+
 def threads_each(count: int) -> int:
     """The CPU threads of each of `count` processes that share this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
