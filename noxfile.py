@@ -65,7 +65,7 @@ def xla(session: nox.Session) -> None:
     """The laws over the real torch_xla, in an environment of its own, for it needs torch 2.9. Not part of the round.
 
     Two runs, since a process has either a device or all of them. FABRICFN_XLA_PYTHON names an interpreter that has
-    everything already: elsewhere than on TPUs pip brings gigabytes of CUDA along, of which nothing is used.
+    everything already: pip may bring CUDA packages along (7 GB in all), of which nothing is used.
     """
     ready = os.environ.get("FABRICFN_XLA_PYTHON")
     if ready is None:
