@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from torch import nn
 
 import fabricfn as ff
@@ -272,6 +272,8 @@ def test_an_unknown_peak_is_none_with_a_word_but_on_a_cpu(alone, name, dtype):
     st.sampled_from([None, 0.5, 2.0]),
     st.booleans(),
 )
+@example([(1.0, 1.0), (3.0, 2.0)], "min", 1, 1, None, 2.0, True)  # as far away as it may be
+@example([(1.0, 1.0), (3.0, 2.0)], "min", 1, 1, 2.0, None, True)
 def test_the_guard_equals_a_naive_one_and_all_ranks_agree(two, pairs, mode, window, warmup, atol, rtol, finite_only):
     options = {"mode": mode, "window": window, "warmup": warmup, "atol": atol, "rtol": rtol, "finite_only": finite_only}
 
@@ -356,6 +358,14 @@ def test_every_nth_good_state_is_kept(alone):
         guard, _ = ff.spike_guard(alone, guard, 1.0, i, every=4)
     assert guard.good == 4
     assert ff.spike_guard(alone, guard, math.nan, 6, every=4)[1] == 4
+
+
+def test_what_comes_back_from_a_copy_may_be_donated(alone):
+    model = ff.setup_model(alone, NET[0])
+    guard, same_model = ff.spike_guard(alone, ff.SpikeGuard(), 1.0, model, copy=True)
+    guard, back = ff.spike_guard(alone, guard, math.nan, model, copy=True)
+    memory = {one.params["weight"].data_ptr() for one in (model, guard.good, back)}
+    assert same_model is model and len(memory) == 3
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "less"}, {"window": 0}, {"every": 0}])
