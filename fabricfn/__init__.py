@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fabricfn import errors as errors, loggers as loggers, strategies as strategies, testing as testing
+    from fabricfn.averaging import ema as ema, swa as swa
     from fabricfn.checkpoint import (
         CheckpointType as CheckpointType,
         Loaded as Loaded,
@@ -74,6 +75,12 @@ if TYPE_CHECKING:
     )
     from fabricfn.gradients import accumulate as accumulate, value as value, value_and_grad as value_and_grad
     from fabricfn.hooks import call as call
+    from fabricfn.meters import (
+        Throughput as Throughput,
+        learning_rates as learning_rates,
+        rates as rates,
+        throughput as throughput,
+    )
     from fabricfn.model import (
         apply as apply,
         autocast as autocast,
@@ -87,6 +94,8 @@ if TYPE_CHECKING:
         schedule_from_torch as schedule_from_torch,
         setup_optimizer as setup_optimizer,
     )
+    from fabricfn.patience import EarlyStopping as EarlyStopping, early_stopping as early_stopping
+    from fabricfn.peaks import available_flops as available_flops, measure_flops as measure_flops
     from fabricfn.pipelining import (
         pipeline_value as pipeline_value,
         pipeline_value_and_grad as pipeline_value_and_grad,
@@ -104,6 +113,7 @@ if TYPE_CHECKING:
     )
     from fabricfn.runtimes import Runtime as Runtime
     from fabricfn.scaling import LossScale as LossScale
+    from fabricfn.spikes import SpikeGuard as SpikeGuard, spike_guard as spike_guard
     from fabricfn.starting import (
         init_runtime as init_runtime,
         launch as launch,
@@ -147,6 +157,12 @@ else:
             "save load load_raw consolidate latest list_checkpoints verify_checkpoint inspect_checkpoint retained"
             " prune_checkpoints Receipt Saving Loaded CheckpointType"
         ),
+        # what a training loop is made up of
+        "patience": "early_stopping EarlyStopping",
+        "averaging": "ema swa",
+        "meters": "throughput rates Throughput learning_rates",
+        "peaks": "measure_flops available_flops",
+        "spikes": "spike_guard SpikeGuard",
         # between ranks
         "collectives": (
             "all_reduce all_gather broadcast reduce_scatter gather scatter all_to_all send recv barrier"

@@ -53,8 +53,8 @@ FLOORS = (
         "checkpoint",
         "relays",
     ),  # verbs
-    # what there is on this machine; what a run measures; gradients of a net in stages
-    ("facts", "figures", "pipelining"),
+    # what there is on this machine; what a run measures; gradients of a net in stages; what a loop is made up of
+    ("facts", "figures", "pipelining", "patience", "averaging", "meters", "peaks", "spikes"),
     ("testing", "cli"),  # worlds, cases, laws; the command line
     ("__init__", "__main__"),  # every public name; python -m fabricfn
 )

@@ -149,9 +149,8 @@ class ObjectState:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    return {
-        field.name: getattr(record, field.name) for field in dataclasses.fields(record) if hasattr(record, field.name)
-    }
+    kept = (field.name for field in dataclasses.fields(record) if field.metadata.get("checkpoint") != "skip")
+    return {name: getattr(record, name) for name in kept if hasattr(record, name)}
 
 
 def _copied(like: Any, fields: dict[str, Any], where: Place | None) -> Any:
@@ -189,7 +188,8 @@ def adapter_of(value: object, types: Types) -> Adapter | None:
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return Adapter(tag=kind.__name__, to_tree=_named, from_tree=_named_again)
     if dataclasses.is_dataclass(kind):
-        return Adapter(tag=kind.__name__, to_tree=_fields, from_tree=_copied)
+        free = frozenset(field.name for field in dataclasses.fields(kind) if field.metadata.get("checkpoint") == "free")
+        return Adapter(tag=kind.__name__, to_tree=_fields, from_tree=_copied, free=free)
     return None
 
 
