@@ -4,8 +4,9 @@
 parameter), since building name -> {slot: value} at every step would cost more than the step. `state` builds it when
 somebody looks.
 
-[Note: parts] Where models hold DTensors, the store holds the parts of this rank as plain tensors, so that a step costs
-what it costs on plain tensors. Whoever looks (`state`, `tree_map`, a checkpoint) sees DTensors.
+[Note: parts] Where models hold DTensors, or ranks share the state ([Note: shares]), the store holds the parts of this
+rank as plain tensors, so that a step costs what it costs on plain tensors. Whoever looks (`state`, `tree_map`, a
+checkpoint) sees DTensors.
 """
 
 import dataclasses
@@ -50,8 +51,10 @@ class Plan:
     write: Callable[["Optimizer", Any], Any]
     """(like, state) -> store."""
     likes: tuple[Any, ...] | None = None
-    """By position: a DTensor without memory, placed as the parameter is, or None. None where all tensors are plain;
-    otherwise the functions above work on parts: see [Note: parts]."""
+    """By position: a sharded tensor without memory, placed as the state of the parameter is, or None. None where all
+    tensors are plain; otherwise `read` and `write` work on parts: see [Note: parts]."""
+    parted: bool = False
+    """The parameters are placed so, too, and `advance` works on parts; otherwise they are whole, and it cuts them."""
     dressed: Callable[["Plan", Any], Any] | None = None
     """(plan, store) -> the store with DTensors in place of parts; None where `likes` is."""
 

@@ -140,6 +140,8 @@ class Strategy:
     shard: Shard | None = None
     """This rank's part of a parameter; None where every rank holds the whole. Then all ranks must make the same passes
     through the net, since they gather it on the way."""
+    shard_optimizer: bool = False
+    """Where parameters are whole: cut the optimizer's state over the ranks (ZeRO stage 1)."""
     local_gradients: LocalGradients = refuse_local
     """What `reduce="canonical"` adds up by itself."""
     settle: Callable[[], None] = at_once

@@ -22,6 +22,7 @@ STRATEGIES = {
     "ddp, bucket views": ff.strategies.ddp(gradient_as_bucket_view=True),
     "ddp, unused": ff.strategies.ddp(find_unused_parameters=True),
     "ddp, static graph": ff.strategies.ddp(static_graph=True),
+    "ddp, sharded optimizer": ff.strategies.ddp(shard_optimizer=True),
     "fsdp": ff.strategies.fsdp(),
     "fsdp, one unit": ff.strategies.fsdp(units=None),
     "fsdp, every layer": ff.strategies.fsdp(units=nn.Linear, reshard_after_forward=False),

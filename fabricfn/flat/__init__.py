@@ -14,6 +14,7 @@ from fabricfn.flat.moving import (
     recv as recv,
     scatter as scatter,
     send as send,
+    share as share,
 )
 from fabricfn.flat.pairwise import (
     Stack as Stack,

@@ -1,6 +1,8 @@
 """Moving lists of tensors between ranks. Everything travels as bytes, so every dtype can."""
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,6 +10,10 @@ import torch.distributed as dist
 from fabricfn.flat.buckets import Tensors, complete, join, join_rows, plan, split
 from fabricfn.flat.hosting import over_the_host
 from fabricfn.flat.wire import Group, as_bytes, broadcast_into, exchanged, gathered, group_size
+
+PIECE = 1 << 22
+"""Bytes of all ranks together that `share` moves at once of one tensor."""
+_copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
@@ -51,6 +57,32 @@ def all_gather_rows(tensors: Tensors, rows: Sequence[Sequence[int]], group: Grou
 
 
 @over_the_host
+@torch.no_grad()
+def share(lines: Tensors, bounds: Sequence[Sequence[int]], group: Group) -> None:
+    """Stretches of flat tensors to all ranks, in place: rank r has `lines[i][bounds[i][r] : bounds[i][r + 1]]`.
+
+    Long ones go in several pieces, so that the copies stay small beside the data.
+    """
+    size, me = group_size(group), 0 if group is None else group.rank()
+    owners: list[torch.Tensor] = []
+    pieces: list[dict[int, torch.Tensor]] = []  # by rank, those that are not empty
+    for line, ends in zip(lines, bounds, strict=True):
+        spans = list(enumerate(itertools.pairwise(ends)))
+        most = max(PIECE // (line.itemsize * size), 1)
+        for at in range(0, max(end - begin for _, (begin, end) in spans), most):
+            owners.append(line)
+            pieces.append({rank: line[b + at : min(b + at + most, e)] for rank, (b, e) in spans if b + at < e})
+    for places in plan(owners, [sum(part.nbytes for part in piece.values()) for piece in pieces]):
+        theirs = [[pieces[place][rank] for place in places if rank in pieces[place]] for rank in range(size)]
+        sizes = [list(map(torch.Tensor.numel, parts)) for parts in theirs]
+        buffer = owners[places[0]].new_empty(max(map(sum, sizes)))
+        if theirs[me]:
+            torch.cat(theirs[me], out=buffer[: sum(sizes[me])])
+        for rank, values in enumerate(gathered(buffer, group)):
+            if rank != me and theirs[rank]:
+                _copy_all(theirs[rank], values[: sum(sizes[rank])].split(sizes[rank]))
+
+
 @torch.no_grad()
 def broadcast(tensors: Tensors, src: int, group: Group) -> list[torch.Tensor]:
     """The tensors of rank `src` of the group; the other ranks' give shapes, dtypes and devices."""

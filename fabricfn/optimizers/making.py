@@ -1,9 +1,8 @@
 """Setting an optimizer up: from a `torch.optim` class, from an instance, or from an (init, update) pair."""
 
-import inspect
+import functools
 import itertools
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fabricfn.errors import ConfigurationError
-from fabricfn.optimizers import fused, stock, transforms
+from fabricfn.optimizers import fused, shares, stock, transforms
+from fabricfn.optimizers.defaults import check_names, defaults_of
 from fabricfn.optimizers.kernels import KERNELS, clones, kernel_for
 from fabricfn.optimizers.layout import Pattern, divide, models_of, moving_of, select
 from fabricfn.optimizers.shards import check_elementwise, likes_of, taken_row
@@ -42,7 +42,8 @@ def setup_optimizer(
     Where parameters are sharded (DTensors, under fsdp), each rank updates its own parts at full speed, which is right
     for optimizers that work number by number: Adadelta, Adagrad, Adam, AdamW, Adamax, ASGD, NAdam, RAdam, RMSprop,
     Rprop, SGD. `opt.state` shows DTensors of the parameters' shapes. The numbers are those of the whole tensors, up to
-    the last bit of torch's fused kernels; with `fused=False` they are the same bits.
+    the last bit of torch's fused kernels; with `fused=False` they are the same bits. Under `ddp(shard_optimizer=True)`
+    the state alone is sharded, with the bits of `ddp()`.
 
     Args:
         models: one Model, or any pytree of Models that are updated together. In a tree, names are "path/name".
@@ -64,7 +65,7 @@ def setup_optimizer(
     Raises:
         ConfigurationError: an unknown hyperparameter (says which there are), a pattern that fits nothing, an instance
             over other parameters.
-        CapabilityError: parameters are sharded, and the optimizer may need more than their parts.
+        CapabilityError: parameters or state are sharded, and the optimizer may need more than parts.
 
     Example:
         >>> import torch, fabricfn as ff
@@ -73,11 +74,12 @@ def setup_optimizer(
         >>> ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1, groups={"*bias": {"weight_decay": 0.0}})
         Optimizer(AdamW, 2 params, lr [0.1, 0.1], step 0)
     """
-    whole = _Whole(models)
-    if whole.likes is not None:
+    whole = _Whole(rt, models)
+    if whole.likes is not None or whole.shares:
         check_elementwise(optimizer, promised=elementwise)
     if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
         positions = select(params, whole.labels, whole.positions)
+        whole.cover(positions)
         return _from_class(whole, optimizer, divide(groups, whole.labels, positions), hyperparams)
     if isinstance(optimizer, torch.optim.Optimizer):
         _refuse(f"an instance of {type(optimizer).__name__}", groups=groups, params=params, **hyperparams)
@@ -98,6 +100,7 @@ def _from_pair(
     params: Pattern | Sequence[Pattern] | None,
 ) -> Optimizer:
     covered = tuple(select(params, whole.labels, whole.positions))
+    whole.cover(covered)
     name = getattr(pair[1], "__qualname__", "update").partition(".")[0]
     plan = whole.plan(name, (), transforms.Pair(init=pair[0], update=pair[1], covered=covered), transforms)
     with torch.no_grad():
@@ -117,7 +120,7 @@ def _refuse(what: str, **options: Any) -> None:
 class _Whole:
     """The models that an optimizer is set up for."""
 
-    def __init__(self, models: Tree) -> None:
+    def __init__(self, rt: Runtime, models: Tree) -> None:
         records, self.spec, self.labels = models_of(models)
         self.records: list[Model] = records
         for record in records:
@@ -128,9 +131,17 @@ class _Whole:
         self.likes = likes_of(self.values)
         if self.likes is not None:  # [Note: parts]; `check_elementwise` refuses what cannot work on them
             self.values = [local_of(value) for value in self.values]
+        self.parted, self.world = self.likes is not None, rt.world
+        self.shares = rt.strategy.shard_optimizer and not self.parted and rt.world.group is not None
         self.positions = [i for i, moves in enumerate(self.moving) if moves]
         if not self.positions:
             raise ConfigurationError("this model has no trainable parameter; every one is frozen")
+
+    def cover(self, positions: Iterable[int]) -> None:
+        """What the optimizer updates is known now; where ranks share its state, the values become this rank's parts."""
+        if self.shares:
+            self.likes = shares.likes_over(self.values, positions, self.world)
+            self.values = shares.parts(self.likes, self.values)
 
     def plan(self, name: str, groups: Sequence[tuple[int, ...]], detail: Any, way: Any) -> Plan:
         names = tuple(tuple(record.params) for record in self.records)
@@ -143,10 +154,11 @@ class _Whole:
             moving=None if all(self.moving) else tuple(self.moving),
             groups=tuple(groups),
             detail=detail,
-            advance=way.advance,
+            advance=functools.partial(shares.advance, way.advance) if self.shares else way.advance,
             read=way.read,
             write=way.write,
             likes=self.likes,
+            parted=self.parted,
             dressed=None if self.likes is None else way.dressed,
         )
 
@@ -225,6 +237,7 @@ def _from_instance(whole: _Whole, instance: torch.optim.Optimizer) -> Optimizer:
             positions[id(param)] = at
             index.append(at)
         covered.append(tuple(i for i in index if whole.moving[i]))
+    whole.cover(i for index in covered for i in index)
     hooked = any(vars(instance).get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
     if type(instance) in KERNELS and not instance.state and not hooked:
         hyper = [
@@ -255,33 +268,3 @@ def _named(whole: _Whole, name: str) -> int | None:
     names = [own for record in whole.records for own in record.params]
     found = [i for i, (label, own) in enumerate(zip(whole.labels, names, strict=True)) if name in (label, own)]
     return found[0] if len(found) == 1 else None
-
-
-def check_names(cls: type, options: Hyper) -> None:
-    """Raise `ConfigurationError` for hyperparameters that the class does not take."""
-    known = inspect.signature(cls).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
-        return
-    there = list(known)[1:]
-    unknown = sorted(set(options) - set(there))
-    if unknown:
-        raise ConfigurationError(
-            f"{cls.__name__} has no hyperparameter {', '.join(unknown)}; there are: {', '.join(there)}"
-        )
-
-
-class _Probe(torch.optim.Optimizer):
-    """Takes the place of the base class, so that a class checks its arguments and nothing else happens.
-
-    The real constructor imports torch._dynamo, which takes longer than everything else up to the first step.
-    """
-
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self.defaults = defaults
-        self.param_groups = []
-
-
-def defaults_of(cls: type[torch.optim.Optimizer], hyperparams: Hyper) -> dict[str, Any]:
-    """All hyperparameters of a class, checked by its own constructor."""
-    probe: Callable[..., Any] = types.new_class(cls.__name__, (cls, _Probe))
-    return probe([], **hyperparams).defaults

@@ -58,16 +58,16 @@ def check_elementwise(optimizer: Any, *, promised: bool) -> None:
     for known, need in _WHOLE:
         if issubclass(kind, known):
             raise CapabilityError(
-                f"{kind.__name__} cannot update sharded parameters: it needs {need}. Use a strategy that keeps whole"
-                ' tensors, strategy="ddp", or another optimizer: torch.optim.AdamW.'
+                f"{kind.__name__} cannot work where parameters, or its own state, are sharded: it needs {need}. Use a"
+                ' strategy that keeps whole tensors, strategy="ddp", or another optimizer: torch.optim.AdamW.'
             )
     hooked = any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
     if promised or (kind in NUMBER_BY_NUMBER and not hooked):
         return
     what = f"{kind.__name__} with hooks" if hooked else kind.__name__ if kind is not tuple else "this pair"
     raise CapabilityError(
-        f"the parameters are sharded, and {what} may look at more than one number at a time, which the part of one rank"
-        " cannot show. If it updates every number by itself, say so: setup_optimizer(..., elementwise=True). If it"
+        f"each rank steps a part of each parameter here, and {what} may look at more than one number at a time, which a"
+        " part cannot show. If it updates every number by itself, say so: setup_optimizer(..., elementwise=True). If it"
         ' does not, use a strategy that keeps whole tensors: strategy="ddp".'
     )
 

@@ -38,7 +38,8 @@ def optimizer_step(
 
     Pure by default: models, opt and grads stay as they are, down to the bits. With `donate=True` the tensors are
     updated in place and the inputs are given away; the results have the same bits. A parameter whose gradient is None
-    is left out, as in torch. Not collective: every rank computes the same values or, of DTensors, its own parts.
+    is left out, as in torch. Every rank calls it and computes the same values or, of DTensors, its own parts; ranks
+    that share the optimizer's state (`ddp(shard_optimizer=True)`) send each other what each has computed.
 
     Under a precision with a loss scale ("16-mixed"), a step whose gradients are not all finite is left out, on all
     ranks alike: parameters, state and buffers keep their bits, `opt.step` counts the call, and `model.loss_scale` goes
@@ -97,7 +98,7 @@ def optimizer_step(
     verdict = None if rt.precision.loss_scale is None else judge(rt, given, found, gradients, plan.name)
     advance = plan.advance if verdict is None or verdict.finite else stay
     whole = params
-    if plan.likes is not None:
+    if plan.parted:
         params, gradients = parts_of_params(plan, params), parts_of_grads(plan, gradients) if found else []
     if not donate:
         params = _copied(plan, params)
@@ -120,7 +121,7 @@ def optimizer_step(
         for model in made:
             model.lease.apart = True
     else:
-        if plan.likes is not None:
+        if plan.parted:
             params = with_locals(whole, params)
         renew = zip(given, mappings(plan, params), buffers, strict=True)
         made = [renewed(model, values, new) for model, values, new in renew]
@@ -234,7 +235,7 @@ class _Trial:
         """(loss, gradients by position) at the present values; buffers go from one evaluation to the next."""
         plan = self.plan
         params = _copied(plan, self.params)
-        values = mappings(plan, params if plan.likes is None else with_locals(plan.likes, params))
+        values = mappings(plan, with_locals(plan.likes or (), params) if plan.parted else params)
         trial = [renewed(*three) for three in zip(self.models, values, self.buffers, strict=True)]
         result: Any = self.closure(joined(plan, trial))
         pair: list[Any] = [*result] if type(result) is tuple else []
@@ -249,7 +250,7 @@ class _Trial:
         for i, one in enumerate(found):
             if one.new_buffers is not None:
                 self.buffers[i] = {**(self.buffers[i] or {}), **one.new_buffers}
-        return loss, gradients if plan.likes is None else parts_of_grads(plan, gradients)
+        return loss, parts_of_grads(plan, gradients) if plan.parted else gradients
 
 
 def _refuse_shared(plan: Plan, models: Sequence[Model], params: Sequence[Tensor]) -> None:

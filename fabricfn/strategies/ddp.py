@@ -58,7 +58,13 @@ class Reducer:
     backwards: int = 0
 
 
-def ddp(*, comm_hook: str | Callable[..., Any] | None = None, comm_state: Any = None, **options: Any) -> Strategy:
+def ddp(
+    *,
+    comm_hook: str | Callable[..., Any] | None = None,
+    comm_state: Any = None,
+    shard_optimizer: bool = False,
+    **options: Any,
+) -> Strategy:
     """Replicas on every rank, gradients averaged in buckets while the backward pass runs.
 
     Args:
@@ -67,6 +73,9 @@ def ddp(*, comm_hook: str | Callable[..., Any] | None = None, comm_state: Any = 
             keeps state from call to call, so the law of purity does not hold with it.
         comm_state: the hook's first argument; for "powersgd" a dict of options of torch's `PowerSGDState`, for instance
             `{"matrix_approximation_rank": 4, "start_powerSGD_iter": 100}`.
+        shard_optimizer: each rank keeps the optimizer's state for a part of every parameter, steps that part, and sends
+            it to the others (ZeRO stage 1): the same bits, and the state's memory divided by the number of ranks. For
+            optimizers that work number by number, as under fsdp. `opt.state` shows sharded tensors.
         **options: any further option of torch's `DistributedDataParallel`: `bucket_cap_mb`,
             `find_unused_parameters` (needed for `allow_unused=True`), `static_graph` (one loss function per model),
             `gradient_as_bucket_view` (gradients are copied out, so they stay yours), ...
@@ -80,6 +89,8 @@ def ddp(*, comm_hook: str | Callable[..., Any] | None = None, comm_state: Any = 
     """
     check_options(options)
     check_hook(comm_hook, comm_state)
+    if type(shard_optimizer) is not bool:
+        raise ConfigurationError(f"ddp(shard_optimizer={shard_optimizer!r}) must be True or False.")
 
     def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Reducer | None:
         hook, state = hook_for(precision.reduce_dtype, world, comm_hook, comm_state)
@@ -113,6 +124,7 @@ def ddp(*, comm_hook: str | Callable[..., Any] | None = None, comm_state: Any = 
         forward=forward,
         backward=backward,
         gradients=gradients,
+        shard_optimizer=shard_optimizer,
         # without a forward pass of its own the reducer lets gradients pass; a static graph insists on one
         local_gradients=refuse_local if comm_hook is not None or options.get("static_graph") else local_gradients,
         check_unused=allowed if options.get("find_unused_parameters") else refuse_unused,
