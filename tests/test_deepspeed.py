@@ -1,9 +1,11 @@
 """DeepSpeed, the real package, on CPU ranks: ZeRO obeys the laws of every strategy, in float32, which it knows."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from fabricfn.errors import CapabilityError, ConfigurationError, GradientError, 
 from fabricfn.sharding import is_sharded, local_of, whole
 from fabricfn.testing import cases
 
-pytest.importorskip("deepspeed", reason="an extra: nox -s deepspeed")
+pytest.importorskip("deepspeed", reason='the extra "test" has it')
 
 SINGLE, TOLERANCE = "32-true", 3e-6  # float32, sums in another order
 ROWS = {
@@ -161,6 +163,25 @@ def test_checkpoints_between_stages_and_other_strategies(ranks):
         testing.check_checkpoint(make, ranks=ranks, strategies=strategies, world_sizes=(1, 2), precision=SINGLE)
         == 6 * 3 * 3
     )
+
+
+def from_golden(rt, name):
+    folder = Path(__file__).parent / "golden"
+    spec = importlib.util.spec_from_file_location("make_deepspeed", folder / "make_deepspeed.py")
+    formulas = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(formulas)
+    model = ff.setup_model(rt, formulas.Net())
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, groups={"two.*": {"weight_decay": 0.5}})
+    like = {"module": ff.map_params(torch.zeros_like, model), "optimizer": opt}
+    found = ff.load_raw(rt, folder / "deepspeed" / name, like)
+    return ff.gather_params(rt, found["module"]), ff.tree_map(whole, found["optimizer"].state)
+
+
+def test_its_own_checkpoints_load_into_other_stages(ranks):
+    for stage, name in ((1, "stage3"), (3, "stage1"), (3, "stage3_universal")):
+        expected = ranks.run(from_golden, name, world_size=1, strategy="single", precision=SINGLE)[0]
+        for found in ranks.run(from_golden, name, strategy=strategy({"stage": stage}), precision=SINGLE):
+            assert testing.difference(found, expected) is None
 
 
 # The gradients
@@ -357,6 +378,8 @@ def refusals(rt):
         ff.value_and_grad(rt, mse, allow_unused=True)
     with pytest.raises(CapabilityError, match="gather_params"):
         torch.func.vmap(lambda x: ff.apply(rt, model, x))(batch[0])
+    with pytest.raises(CapabilityError, match='init_runtime.strategy="ddp"'):
+        ff.accumulate(rt, mse, reduce="canonical")(model, [batch, batch])
     with pytest.raises(CapabilityError, match="Muon"):
         ff.setup_optimizer(rt, ff.setup_model(rt, nn.Linear(2, 2)), torch.optim.Muon)
     with pytest.raises(CapabilityError, match='float64.*"32-true"'):

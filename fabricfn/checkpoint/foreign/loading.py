@@ -39,7 +39,7 @@ def load_raw(
     cast: bool = False,
     strict: bool = True,
 ) -> Any:
-    """Read what another tool wrote: PyTorch, safetensors, Hugging Face, torch's distributed checkpoints, Fabric.
+    """Read what another tool wrote: PyTorch, safetensors, Hugging Face, DCP, Fabric, DeepSpeed.
 
     Laws: the values are those of the file, bit for bit, unless `cast`. No class is unpickled and nothing is imported:
     PyTorch files are read by `torch.load(weights_only=True)` alone. Where it is not certain what is meant, it is an
@@ -49,7 +49,8 @@ def load_raw(
         rt: the runtime. Collective: every rank calls it; all ranks see the same files.
         path: a file of `torch.save` or safetensors; a folder with `model.safetensors`, or with shards and their
             `model.safetensors.index.json`; a folder of torch.distributed.checkpoint, of any number of ranks; what
-            `fabric.save` made, one file or a folder.
+            `fabric.save` made, one file or a folder; a checkpoint of DeepSpeed, of any ZeRO stage and number of ranks,
+            or a universal one, whose `module` and `optimizer` are whole then.
         like: a `Model`, which takes a state dict; an `Optimizer`, which takes torch's `optimizer.state_dict()`; a
             tensor; or dicts, lists and tuples of these, by the names of the file. It decides devices and shardings, and
             is left alone. Where it has None, and without it, plain containers come back, tensors on `rt.device`.

@@ -7,6 +7,8 @@ from typing import Any
 
 from fabricfn.checkpoint.foreign.dcp import opened_dcp
 from fabricfn.checkpoint.foreign.dcp_metadata import METADATA
+from fabricfn.checkpoint.foreign.deepspeed import opened_deepspeed
+from fabricfn.checkpoint.foreign.deepspeed_files import tagged
 from fabricfn.checkpoint.foreign.hub_folders import INDEXES, SINGLES, inside, opened_file, opened_index
 from fabricfn.checkpoint.format.manifest import MANIFEST
 from fabricfn.errors import CheckpointError
@@ -34,12 +36,10 @@ def opened_raw(path: Path, stack: contextlib.ExitStack) -> Any:
     for name in SINGLES:
         if os.path.lexists(path / name):
             return opened_file(inside(path, name), stack, name)
+    tag = tagged(path)
+    if tag is not None:
+        return opened_deepspeed(tag)
     there = sorted(found.name for found in path.iterdir())
-    if "zero_to_fp32.py" in there:
-        raise CheckpointError(
-            f"{path} is a checkpoint of DeepSpeed. Put it together first: python {path}/zero_to_fp32.py {path} FOLDER,"
-            " then ff.load_raw(rt, FOLDER, ...)."
-        )
     raise CheckpointError(
         f"{path} holds no checkpoint that is known: {', '.join((*INDEXES, *SINGLES, METADATA))}, or a file that you"
         f" name. There is {', '.join(there[:8]) or 'nothing'}."

@@ -1,8 +1,12 @@
 """PyTorch files: read by `torch.load(weights_only=True)` alone, which makes tensors and plain containers."""
 
+import contextlib
 import io
 import re
+import threading
+from collections.abc import Generator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +14,8 @@ import torch
 from fabricfn.checkpoint.foreign.values import taken_up
 from fabricfn.errors import CheckpointError
 
+_TABLE = threading.Lock()
+"""torch's table of names that may be unpickled is one for the process."""
 ZIP = b"PK\x03\x04"
 WANTED = re.compile(r"(?:GLOBAL|global:?)\s+([\w.]+\.[\w.]+)|[Cc]lass (?:'|<class ')?([\w.]+\.[\w.]+)")
 
@@ -20,9 +26,25 @@ def opened_torch(path: Path) -> Any:
     Raises:
         CheckpointError: it is damaged, or wants to unpickle a class; the message names the file and the class.
     """
+    return taken_up(loaded(path), path)
+
+
+def loaded(path: Path, known: Mapping[str, type] = MappingProxyType({})) -> Any:
+    """What `torch.load` makes of a file; `known` are stand-ins for classes, by their names."""
     with path.open("rb") as file:
         mapped = file.read(4) == ZIP  # files from before torch 1.6 are one pickle
-    return taken_up(unpickled(str(path), str(path), mapped), path)
+    with _allowed(known):
+        return unpickled(str(path), str(path), mapped)
+
+
+@contextlib.contextmanager
+def _allowed(known: Mapping[str, type]) -> Generator[None]:
+    if not known:
+        yield
+        return
+    stand_ins: list[Any] = [(stand_in, name) for name, stand_in in known.items()]
+    with _TABLE, torch.serialization.safe_globals(stand_ins):
+        yield
 
 
 def blob(data: bytes, where: str, file: Path) -> Any:

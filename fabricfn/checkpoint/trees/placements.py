@@ -57,7 +57,7 @@ def parts_of(tensor: torch.Tensor) -> tuple[Part, ...]:
         return ()
     bounds = getattr(spec.placements[0], "bounds", None)
     if bounds is not None:
-        return tuple(_stretch(shape, *bounds[coordinate[0] : coordinate[0] + 2]))
+        return tuple(stretch(shape, *bounds[coordinate[0] : coordinate[0] + 2]))
     runs = _runs(shape, tuple(spec.mesh.shape), coordinate, spec.placements, getattr(spec, "shard_order", None))
     expected = tuple(sum(length for _, length in of) for of in runs)
     found = tuple(local_of(tensor).shape)
@@ -69,7 +69,7 @@ def parts_of(tensor: torch.Tensor) -> tuple[Part, ...]:
     return tuple(_products(runs))
 
 
-def _stretch(shape: tuple[int, ...], begin: int, end: int) -> Iterable[Part]:
+def stretch(shape: tuple[int, ...], begin: int, end: int) -> Iterable[Part]:
     """The boxes that flattened numbers make, in their order: what is left of a row, whole rows, a row's beginning."""
     at = begin
 
