@@ -53,11 +53,10 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
-def deepspeed(session: nox.Session) -> None:
-    """The laws over the real DeepSpeed, which it installs (12 s); two minutes. Not part of the round."""
-    install = (sys.executable, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[deepspeed]")
-    session.run(*install, env={**ENV, "DS_BUILD_OPS": "0"})
-    python(session, "-m", "pytest", "tests/test_deepspeed.py", *session.posargs)
+def lowbits(session: nox.Session) -> None:
+    """Training in 8 bits and fewer by torchao and bitsandbytes, which it installs; a minute. Not part of the round."""
+    python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[fp8,bitsandbytes]")
+    python(session, "-m", "pytest", "tests/test_low_precision.py", *session.posargs)
 
 
 @nox.session(venv_backend="venv", reuse_venv=True)

@@ -6,7 +6,13 @@ Start with `docs/loop.md`. `import fabricfn` imports nothing: a name is looked u
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fabricfn import errors as errors, loggers as loggers, strategies as strategies, testing as testing
+    from fabricfn import (
+        errors as errors,
+        loggers as loggers,
+        precision as precision,
+        strategies as strategies,
+        testing as testing,
+    )
     from fabricfn.averaging import ema as ema, swa as swa
     from fabricfn.checkpoint import (
         CheckpointType as CheckpointType,
@@ -185,7 +191,7 @@ else:
         "generators": "seed_everything random_state set_random_state",
     }
     _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
-    _MODULES = ("errors", "loggers", "strategies", "testing")
+    _MODULES = ("errors", "loggers", "precision", "strategies", "testing")
     __all__ = list(_HOMES) + list(_MODULES)
 
     def __getattr__(name):

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from fabricfn.environments.command_line import RUN, write
-from fabricfn.errors import ConfigurationError
+from fabricfn.errors import CapabilityError, ConfigurationError
 
 USAGE = "fabricfn run [options] SCRIPT [ARGS ...]\n       fabricfn run [options] -m MODULE [ARGS ...]"
 HELP = """\
@@ -77,7 +77,7 @@ def _run(chosen: argparse.Namespace, flags: Sequence[str]) -> NoReturn:
     if chosen.dry_run:
         try:
             _tell(command, options)
-        except ConfigurationError as error:
+        except (CapabilityError, ConfigurationError) as error:
             print(f"fabricfn run: error: {error}", file=sys.stderr)
             sys.exit(2)
         sys.exit(0)

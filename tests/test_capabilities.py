@@ -3,6 +3,7 @@
 `python tests/test_capabilities.py` writes the table anew.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import fabricfn as ff
 from fabricfn import testing
 from fabricfn.accelerators import AUTO_ORDER
 from fabricfn.errors import CapabilityError, ConfigurationError
-from fabricfn.precision import NAMES as PRECISIONS, check_name
+from fabricfn.precision import NAMES as PRECISIONS, PACKAGED, check_name
 from fabricfn.strategies import ACCELERATORS, EXTRAS, NAMES, NEED_MORE, PRESETS, model_parallel, pipeline
 
 PAGE = Path(__file__).parent.parent / "docs" / "strategies.md"
@@ -26,9 +27,29 @@ PLANNED = {
 }
 """Strategies that take an argument, with one that fits the nets below."""
 
-MAKERS = NAMES | PRESETS | PLANNED | {name: EXTRAS[name] for name in ACCELERATORS}
-ELSEWHERE = {"pipeline": "test_pipeline.py", **{name: f"test_{name}.py" for name in ACCELERATORS}}
+
+def without_package(name):
+    """A strategy of an extra, made without its package: the table does not depend on what is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fabricfn.strategies.deepspeed_zero.require", lambda: None)
+        return EXTRAS[name]()
+
+
+DEEPSPEEDS = [name for name in EXTRAS if name.startswith("deepspeed") and not name.endswith("nvme")]
+ELSEWHERE = {
+    "pipeline": "test_pipeline.py",
+    **dict.fromkeys(DEEPSPEEDS, "test_deepspeed.py"),
+    **{name: f"test_{name}.py" for name in ACCELERATORS},
+}
 """Strategies whose cells are held by another test file, since threads cannot run them."""
+MAKERS = {
+    **NAMES,
+    **PRESETS,
+    **PLANNED,
+    "ddp(shard_optimizer=True)": lambda: ff.strategies.ddp(shard_optimizer=True),
+    **{name: functools.partial(without_package, name) for name in DEEPSPEEDS},
+    **{name: EXTRAS[name] for name in ACCELERATORS},
+}
 SAME = {"ddp_spawn": "ddp", "ddp_fork": "ddp", "ddp_notebook": "ddp"}
 HERE = {name: make for name, make in MAKERS.items() if name not in ELSEWHERE and name not in SAME}
 
@@ -55,7 +76,8 @@ def strategies_table():
         strategy = make()
         ranks = "any" if strategy.max_ranks is None else str(strategy.max_ranks)
         holds = "all parameters" if strategy.shard is None else "a part of each"
-        kinds = "any" if strategy.shard is None else "those that work number by number"
+        holds += ", a part of the optimizer's state" * strategy.shard_optimizer
+        kinds = "any" if strategy.shard is None and not strategy.shard_optimizer else "those that work number by number"
         cells = [cell(strategy, check) for check in JOBS.values()]
         lines.append(f"| `{name}` | {ranks} | {holds} | {' | '.join(cells)} | {kinds} |")
     return lines
@@ -74,7 +96,13 @@ def precisions_table():
     lines = ["| precision | " + " | ".join(f"`{accelerator}`" for accelerator in order) + " |", "|---" * 5 + "|"]
     for name in PRECISIONS:
         lines.append(f"| `{name}` | " + " | ".join(precision_cell(name, accelerator) for accelerator in order) + " |")
+    for name, record in PACKAGED.items():  # tests/test_low_precision.py has their cells
+        cells = ["refused" if one not in record.convert.runs_on else PACKAGE_CELL[one] for one in order]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
+
+
+PACKAGE_CELL = {"cpu": "yes, with its package", "cuda": "with its package, unverified"}
 
 
 def page():
@@ -143,7 +171,7 @@ def test_every_cell_of_the_strategies_is_true(ranks, name):
     said = [cell(strategy, check) == "yes" for check in JOBS.values()]
     whole = strategy.shard is None
     for found in ranks.run(jobs, strategy=strategy, world_size=size(strategy)):
-        assert found == [*said, whole, whole]
+        assert found == [*said, whole and not strategy.shard_optimizer, whole]
     if strategy.max_ranks is not None:
         with pytest.raises(ConfigurationError, match="serves at most"):
             ff.strategies.resolve(name, strategy.max_ranks + 1)

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from fabricfn.errors import ConfigurationError
+from fabricfn.precision.bitsandbytes import MODES, Quantized
+from fabricfn.precision.float8 import Float8
+from fabricfn.precision.transformer_engine import TransformerEngine
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +72,11 @@ class Precision:
         Args:
             precision: "64-true", "32-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed", an alias ("64", 64,
                 "double", "32", 32, "float", "bf16" which is bf16-mixed, "16", 16 and "fp16" which are 16-mixed, "half"
-                which is 16-true), or a record, which is returned as it is.
+                which is 16-true), a name of `PACKAGED`, or a record, which is returned as it is.
 
         Raises:
             ConfigurationError: the name is unknown; the message lists the known ones.
+            CapabilityError: the name needs a package that is not installed; the message has the pip command.
 
         Example:
             >>> Precision.parse(32) == Precision.parse("32-true")
@@ -84,8 +88,12 @@ class Precision:
         name = ALIASES.get(name, name)
         if name in NAMES:
             return NAMES[name]
+        if name in PACKAGED:
+            convert: Any = PACKAGED[name].convert
+            convert.require()
+            return PACKAGED[name]
         raise ConfigurationError(
-            f"precision={precision!r} is unknown; there are {', '.join(NAMES)} and the aliases"
+            f"precision={precision!r} is unknown; there are {', '.join((*NAMES, *PACKAGED))} and the aliases"
             f" {', '.join(f'{alias} = {name}' for alias, name in ALIASES.items())}, or pass an ff.Precision record."
         )
 
@@ -99,9 +107,20 @@ NAMES: dict[str, Precision] = {
     "16-mixed": Precision(compute_dtype=torch.float16, autocast=True, loss_scale=DynamicScale()),
 }
 
+_HALF = Precision(param_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, output_dtype=torch.float32)
+_FP16 = Precision(param_dtype=torch.float16, compute_dtype=torch.float16, output_dtype=torch.float32)
+
+PACKAGED: dict[str, Precision] = {
+    "fp8-mixed": Precision(compute_dtype=torch.bfloat16, autocast=True, convert=Float8()),
+    "transformer-engine": dataclasses.replace(_HALF, convert=TransformerEngine()),
+    "transformer-engine-float16": dataclasses.replace(_FP16, convert=TransformerEngine()),
+    **{mode: dataclasses.replace(_HALF, convert=Quantized(mode=mode)) for mode in MODES},
+}
+"""The precisions that need a package, which nobody imports before a model is set up."""
+
 ALIASES = {
     **{"64": "64-true", "double": "64-true", "32": "32-true", "float": "32-true", "bf16": "bf16-mixed"},
-    **{"16": "16-mixed", "fp16": "16-mixed", "half": "16-true"},
+    **{"16": "16-mixed", "fp16": "16-mixed", "half": "16-true", "fp8": "fp8-mixed"},
 }
 
 
@@ -110,7 +129,7 @@ def check_name(precision: str | int | Precision, accelerator: str) -> None:
 
     Raises:
         ConfigurationError: the name is unknown, or it is 16-mixed on CPU, or needs float64 on an Apple GPU, which has
-            none (a record, too).
+            none (a record, too), or a package that does not run there.
     """
     found = Precision.parse(precision)
     doubles = {found.param_dtype, found.compute_dtype, found.output_dtype, found.reduce_dtype} & {torch.float64}
@@ -118,6 +137,12 @@ def check_name(precision: str | int | Precision, accelerator: str) -> None:
         raise ConfigurationError(
             f"precision={precision!r} needs float64, which Apple GPUs (mps) do not have. Write"
             ' precision="32-true", or accelerator="cpu".'
+        )
+    elsewhere = accelerator not in getattr(found.convert, "runs_on", (accelerator,))
+    if elsewhere and found is not precision:
+        raise ConfigurationError(
+            f"precision={precision!r} runs on {' and '.join(cast('Any', found.convert).runs_on)}, and this is"
+            f' {accelerator}. Write precision="bf16-mixed".'
         )
     if accelerator == "cpu" and found is NAMES["16-mixed"] and found is not precision:
         raise ConfigurationError(
