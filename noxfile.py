@@ -6,6 +6,8 @@ a second copy of it per session would cost minutes and gigabytes without testing
 
 import os
 import sys
+import sysconfig
+from pathlib import Path
 
 import nox
 
@@ -72,6 +74,15 @@ def xla(session: nox.Session) -> None:
     for name, devices in (("xla", "2"), ("xla_fsdp", "4")):
         command = (ready or "python", "-m", "pytest", f"tests/test_{name}.py", *session.posargs)
         session.run(*command, env={**ENV, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": devices}, external=bool(ready))
+
+
+@nox.session(venv_backend="venv")
+def ray(session: nox.Session) -> None:
+    """Ray Train starts the ranks, from an environment of its own over this one's torch. Not part of the round."""
+    (packages,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    (packages / "this-environment.pth").write_text(sysconfig.get_path("purelib"))
+    session.install("-c", "constraints.txt", "ray[train]")
+    session.run("python", "-m", "pytest", "tests/test_ray.py", *session.posargs, env=ENV)
 
 
 @nox.session

@@ -120,12 +120,9 @@ if TYPE_CHECKING:
     from fabricfn.runtimes import Runtime as Runtime
     from fabricfn.scaling import LossScale as LossScale
     from fabricfn.spikes import SpikeGuard as SpikeGuard, spike_guard as spike_guard
-    from fabricfn.starting import (
-        init_runtime as init_runtime,
-        launch as launch,
-        runtime as runtime,
-        shutdown as shutdown,
-    )
+    from fabricfn.starting.beginning import init_runtime as init_runtime, runtime as runtime
+    from fabricfn.starting.joining import shutdown as shutdown
+    from fabricfn.starting.launching import launch as launch
     from fabricfn.states import Optimizer as Optimizer
     from fabricfn.stopping import should_stop as should_stop
     from fabricfn.strategy import Strategy as Strategy
@@ -138,7 +135,9 @@ else:
     # Where each public name lives, by task; tests/test_public.py holds it equal to the imports above.
     _ROOMS = {
         # starting and stopping
-        "starting": "init_runtime runtime shutdown launch",
+        "starting.beginning": "init_runtime runtime",
+        "starting.joining": "shutdown",
+        "starting.launching": "launch",
         "facts": "environment_report",
         "runtimes": "Runtime",
         "world": "World",

@@ -42,8 +42,9 @@ def available(probe: Any = torch.accelerator) -> dict[str, int]:
         1
     """
     found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    other = probe.current_accelerator(check_available=True)
-    if other is not None and other.type not in found:
+    other = probe.current_accelerator()
+    # Whether CUDA is available must not be asked: that initialises the driver, and a forked rank could not use it.
+    if other is not None and other.type not in found and probe.is_available():
         found = {other.type: int(probe.device_count()), **found}
     return {kind: count for kind, count in found.items() if count} | {"cpu": 1}
 

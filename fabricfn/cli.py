@@ -43,23 +43,45 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--accelerator", metavar="NAME", help="auto, cpu, gpu, cuda, mps, tpu, ...")
     run.add_argument("--strategy", metavar="NAME", help="auto, single, ddp, fsdp, functional, package.module:factory")
     run.add_argument(
-        "--devices", metavar="WHICH", help='per node: a number, indices ("1, 4"), or auto: all (on CPU one process)'
+        *_words("devices", "nproc-per-node"),
+        metavar="WHICH",
+        help='per node: a number, indices ("1, 4"), or auto: all (on CPU one process)',
     )
-    run.add_argument("--num-nodes", "--num_nodes", type=int, metavar="N", help="the number of machines")
-    run.add_argument("--node-rank", "--node_rank", type=int, metavar="I", help="which this is, 0 .. num_nodes - 1")
-    run.add_argument("--main-address", "--main_address", metavar="HOST", help="the machine with node rank 0")
-    run.add_argument("--main-port", "--main_port", type=int, metavar="PORT", help="its port (29500)")
-    run.add_argument("--precision", metavar="NAME", help="32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, ...")
     run.add_argument(
-        "--max-restarts", "--max_restarts", type=int, metavar="N", help="how often to start again after a failure"
+        *_words("num-nodes", "nnodes"), type=_nodes, metavar="N", help="machines: a number, or a range 1:4"
     )
+    run.add_argument(*_words("node-rank"), type=int, metavar="I", help="which this is, 0 .. num_nodes - 1")
+    run.add_argument(
+        *_words("main-address", "master-addr", "rdzv-endpoint"),
+        metavar="HOST[:PORT]",
+        help="the machine with node rank 0, or where the nodes meet",
+    )
+    run.add_argument(*_words("main-port", "master-port"), type=int, metavar="PORT", help="its port (29500)")
+    run.add_argument(*_words("rendezvous", "rdzv-backend"), metavar="NAME", help="how several nodes meet: static, c10d")
+    run.add_argument("--precision", metavar="NAME", help="32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, ...")
+    run.add_argument(*_words("max-restarts"), type=int, metavar="N", help="how often to start again after a failure")
     run.add_argument("--environment", metavar="NAME", help="the launcher, if it is not to be found out: single, ...")
-    run.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be started, and start nothing")
+    run.add_argument(*_words("dry-run"), action="store_true", help="say what would be started, and start nothing")
     run.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module, as python -m")
     run.add_argument(
         "script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="the script and its arguments"
     )
     return parser
+
+
+def _words(*names: str) -> tuple[str, ...]:
+    """The spellings of an option: dashes, underscores, and the word that torchrun has for it.
+
+    Example:
+        >>> _words("num-nodes", "nnodes")
+        ('--num-nodes', '--num_nodes', '--nnodes')
+    """
+    return tuple(dict.fromkeys(f"--{word}" for name in names for word in (name, name.replace("-", "_"))))
+
+
+def _nodes(text: str) -> int | str:
+    """A number of machines; a range stays as it is."""
+    return text if ":" in text else int(text)
 
 
 NOT_FOR_THE_SCRIPT = ("command", "dry_run", "module", "script")
@@ -68,22 +90,30 @@ NOT_FOR_THE_SCRIPT = ("command", "dry_run", "module", "script")
 def _run(chosen: argparse.Namespace, flags: Sequence[str]) -> NoReturn:
     program = ["-m", *chosen.module] if chosen.module else list(chosen.script)
     if not program or program == ["-m"]:
-        print(f"usage: {USAGE}\nfabricfn run: error: the script is missing", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"the script is missing\nusage: {USAGE}")
     options = {
         name: value for name, value in vars(chosen).items() if name not in NOT_FOR_THE_SCRIPT and value is not None
     }
+    host, _, port = str(options.get("main_address", "")).partition(":")
+    if port.isdecimal():
+        options["main_address"] = host
+        if options.setdefault("main_port", int(port)) != int(port):
+            _refuse(f"--main-address says port {port}, but --main-port={options['main_port']}; leave one of them out")
     command = [sys.executable, *flags, *program]
     if chosen.dry_run:
         try:
             _tell(command, options)
         except (CapabilityError, ConfigurationError) as error:
-            print(f"fabricfn run: error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(str(error))
         sys.exit(0)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, {**os.environ, RUN: write(options, os.getpid())})
+
+
+def _refuse(text: str) -> NoReturn:
+    print(f"fabricfn run: error: {text}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _flags(orig_argv: Sequence[str], words: Sequence[str]) -> Sequence[str]:

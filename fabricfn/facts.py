@@ -15,7 +15,8 @@ from fabricfn.accelerators import available, describe
 from fabricfn.environments import DETECTORS, Topology, command_line, find
 from fabricfn.errors import ConfigurationError
 from fabricfn.starting.commanded import filled
-from fabricfn.starting.request import Request, check_own_start, choice_of
+from fabricfn.starting.meeting import DEFAULT_PORT
+from fabricfn.starting.request import Request, check_own_start, choice_of, most_ranks, node_range, rendezvous_name
 from fabricfn.world import threads_each
 
 PACKAGES = (
@@ -33,7 +34,7 @@ PACKAGES = (
 VARIABLES = (
     "CUDA_", "OMP_NUM_THREADS", "NCCL_", "GLOO_", "TORCH", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK",
     "LOCAL_WORLD_SIZE", "GROUP_", "NODE_RANK", "SLURM_", "LSB_", "JSM_", "OMPI_COMM_", "PMI_", "PMIX_RANK",
-    "PMIX_NAMESPACE", "MPI_LOCAL", "MV2_COMM_", "FABRICFN_", "TPU_", "PJRT_", "LOGLEVEL",
+    "PMIX_NAMESPACE", "MPI_LOCAL", "MV2_COMM_", "SUBMITIT_", "FABRICFN_", "TPU_", "PJRT_", "LOGLEVEL",
 )
 # fmt: on
 """The beginnings of the names of environment variables that matter here. Others may hold secrets."""
@@ -178,10 +179,14 @@ def plan(options: Mapping[str, Any]) -> str:
     count = len(choice.indices)
     said = "devices" in options
     where = f"{count} on {choice.accelerator}" + ("" if said else ", if the script leaves devices at its default")
-    nodes = f"; this is node {request.node_rank or 0} of {request.num_nodes}" if request.num_nodes > 1 else ""
-    if request.num_nodes > 1:
-        nodes += f", which meet at {request.main_address}:{request.main_port or 29500}"
-    if "OMP_NUM_THREADS" not in os.environ and count * request.num_nodes > 1:
+    least, most = node_range(request.num_nodes)
+    nodes = "" if request.node_rank is None else f"; this is node {request.node_rank} of {most}"
+    if request.node_rank is None and most > 1:
+        nodes = f"; {least} to {most} nodes" if least < most else f"; {most} nodes"
+    if most > 1:
+        meeting = f"{request.main_address}:{request.main_port or DEFAULT_PORT} ({rendezvous_name(request)})"
+        nodes += f", which meet at {meeting}"
+    if "OMP_NUM_THREADS" not in os.environ and most_ranks(request, choice) > 1:
         lines.append(f"  OMP_NUM_THREADS={threads_each(count)}")
     return "\n".join(
         [f"processes: {where}{nodes}", f"restarts: at most {request.max_restarts}", "environment:", *lines]

@@ -91,6 +91,11 @@ def test_help_is_quick_and_imports_no_torch():
             ["a.py"],
             {"num_nodes": 2, "node_rank": 1, "main_address": "h", "main_port": 7},
         ),
+        (
+            ["--nnodes=1:4", "--rdzv-backend=c10d", "--rdzv-endpoint=h:7", "--nproc-per-node=2", "a.py"],
+            ["a.py"],
+            {"num_nodes": "1:4", "rendezvous": "c10d", "main_address": "h", "main_port": 7, "devices": "2"},
+        ),
     ],
 )
 def test_options_before_the_script_are_ours_and_all_after_it_are_its_own(capsys, words, program, options):
@@ -115,6 +120,11 @@ def test_a_dry_run_says_what_would_be_started(capsys, monkeypatch):
     assert "processes: 1 on cpu, if the script leaves devices at its default" in text
     _, _, text = dry(capsys, "--accelerator", "cpu", "--num-nodes=2", "--node-rank=1", "--main-address=h", "a.py")
     assert "this is node 1 of 2, which meet at h:29500" in text
+    _, _, text = dry(capsys, "--accelerator", "cpu", "--num-nodes=1:2", "--main-address=h:7", "a.py")
+    assert "1 to 2 nodes, which meet at h:7 (c10d)" in text
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", "--dry-run", "--main-address", "h:7", "--main-port", "8", "a.py"])
+    assert "--main-address says port 7, but --main-port=8" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(["run", "--dry-run", "--accelerator", "cpu", "--num-nodes", "2", "a.py"])
     assert "--num-nodes 2 --node-rank 0 --main-address" in capsys.readouterr().err

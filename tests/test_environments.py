@@ -52,6 +52,9 @@ OMPI = {
 }
 # mpiexec of MPICH 5.0.2 over two machines, as it was seen
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "9", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}
+# submitit 1.5's LocalExecutor, tasks_per_node=2, the second task
+SUBMITIT = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "12345", "SUBMITIT_LOCAL_NTASKS": "2"}
+SUBMITIT |= {"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1"}
 KUBEFLOW = {"MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "WORLD_SIZE": "4", "RANK": "3"}
 LSF = {"LSB_JOBID": "123456", "JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "6", "JSM_NAMESPACE_LOCAL_RANK": "2"}
 ELASTIC = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
@@ -207,6 +210,16 @@ def test_a_process_of_mpirun():
     assert mpi.why_not({**MPICH, "PMI_SIZE": "1", "PMI_RANK": "0"}) is not None
 
 
+def test_a_task_of_submitit_here():
+    found = find(SUBMITIT)
+    assert place(found) == ("submitit", 1, 2, 1, 2, 0, 1)
+    assert (found.main_port, found.guessed) == (15000 + 2345, ("main_port",))
+    assert find({**SUBMITIT, "MASTER_PORT": "5"}).main_port == 5
+    assert find({**SUBMITIT, "SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_GLOBALID": "0"}).name == "single"
+    # on a cluster its tasks are srun's, and inherit what is set here
+    assert find({**SUBMITIT, **SLURM, "SUBMITIT_EXECUTOR": "slurm"}).name == "slurm"
+
+
 def test_a_replica_of_kubeflow():
     found = find(KUBEFLOW)
     assert place(found) == ("kubeflow", 3, 4, 0, 1, 3, 4)
@@ -221,7 +234,8 @@ def test_a_replica_of_kubeflow():
 
 def test_the_order_in_which_launchers_are_asked(rankfile):
     everything = {**SLURM, **rankfile, **MPICH, **ELASTIC}
-    assert list(DETECTORS) == ["workers", "torchrun", "slurm", "lsf", "mpi", "kubeflow", "single"]
+    order = ["workers", "torchrun", "submitit", "slurm", "lsf", "mpi", "kubeflow", "single"]
+    assert list(DETECTORS) == order
     assert find(everything).name == "torchrun"
     assert find(without(everything, "TORCHELASTIC_RUN_ID", *MPICH)).name == "slurm"
     assert find(without(everything, "TORCHELASTIC_RUN_ID", *SLURM)).name == "lsf"
@@ -230,7 +244,7 @@ def test_the_order_in_which_launchers_are_asked(rankfile):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-@pytest.mark.parametrize("environ", [{}, SLURM, OMPI, MPICH, KUBEFLOW, ELASTIC, {**SLURM, **OMPI}])
+@pytest.mark.parametrize("environ", [{}, SLURM, OMPI, MPICH, SUBMITIT, KUBEFLOW, ELASTIC, {**SLURM, **OMPI}])
 def test_a_launcher_matches_exactly_where_it_gives_no_reason_against(name, environ):
     assert (DETECTORS[name].detect(environ) is None) == (DETECTORS[name].why_not(environ) is not None)
 

@@ -382,7 +382,7 @@ def test_launch_by_spawn_carries_closures_with_cloudpickle_and_says_when_it_is_m
 def test_launch_by_forkserver():
     done = run("launching.py", "forkserver")
     assert done.returncode == 0, done.stderr
-    assert own(done.stdout) == "[[6.0, 6.0], [6.0, 6.0]]"
+    assert own(done.stdout).splitlines() == ["[[6.0, 6.0], [6.0, 6.0]]"] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

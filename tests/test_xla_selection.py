@@ -21,7 +21,8 @@ from fabricfn.testing import cases
 
 def probe(kind, count):
     found = None if kind is None else SimpleNamespace(type=kind)
-    return SimpleNamespace(current_accelerator=lambda check_available: found, device_count=lambda: count)
+    there = found is not None
+    return SimpleNamespace(current_accelerator=lambda: found, is_available=lambda: there, device_count=lambda: count)
 
 
 def test_a_tpu_is_what_torch_says_it_is():
@@ -38,7 +39,8 @@ NATIVE = """
     import fabricfn as ff
 
     class Probe:  # answers as torch_tpu does; there is no device
-        current_accelerator = staticmethod(lambda check_available=False: torch.device("tpu"))
+        current_accelerator = staticmethod(lambda: torch.device("tpu"))
+        is_available = staticmethod(lambda: True)
         device_count = staticmethod(lambda: 2)
         chosen = []
 

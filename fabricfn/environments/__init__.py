@@ -4,13 +4,14 @@
 
 from collections.abc import Mapping
 
-from fabricfn.environments import kubeflow, lsf, mpi, single, slurm, torchrun, workers
+from fabricfn.environments import kubeflow, lsf, mpi, single, slurm, submitit, torchrun, workers
 from fabricfn.environments.topology import Detector, Topology as Topology
 from fabricfn.errors import ConfigurationError
 
 DETECTORS: dict[str, Detector] = {
     "workers": workers,
     "torchrun": torchrun,
+    "submitit": submitit,
     "slurm": slurm,
     "lsf": lsf,
     "mpi": mpi,

@@ -31,6 +31,7 @@ def detect(environ: Mapping[str, str]) -> Topology | None:
         topology,
         name=environ[STARTED_BY],
         folder=folder,
+        max_restarts=None,  # torch's agent is told another number, since it counts attempts by it
         main_address=None if alone else topology.main_address,
         main_port=None if alone else topology.main_port,
     )

@@ -13,14 +13,19 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, SubprocessContext
-from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 
 from fabricfn.environments.workers import FOLDER, STARTED_BY
+from fabricfn.errors import LaunchError
 from fabricfn.starting.meeting import DEFAULT_PORT
-from fabricfn.starting.nodes import Nodes, rendezvous_of
+from fabricfn.starting.nodes import Elastic, Nodes, rendezvous_of
 from fabricfn.starting.outcomes import Outcome, failures_in, outcome_of, story
 from fabricfn.starting.parents import bound, bound_spawn, marked
-from fabricfn.starting.request import Request
+from fabricfn.starting.request import Request, seconds
 from fabricfn.starting.signalling import end_sessions, own_signals, signal_all
 from fabricfn.starting.surroundings import environment, quiet
 from fabricfn.world import threads_each
@@ -42,8 +47,8 @@ class _Agent(LocalElasticAgent):
     """Whether a failure is told on stderr as soon as it is known; a restart always is."""
     grace: float = GRACE
     """Seconds that the workers have to save and end after this process was told to end."""
-    nodes: Nodes | None = None
-    """How several nodes agree on restarts, where there can be any."""
+    nodes: Nodes | Elastic | None = None
+    """How several nodes agree on attempts, where there can be several."""
     outcome: Outcome | None = None
     """How the last attempt failed."""
     seen: Mapping[int, int] | None = None
@@ -55,8 +60,10 @@ class _Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         super()._rendezvous(worker_group)  # pyright: ignore
-        if self.nodes is not None:  # a node that follows another one has used a restart too: all count alike
-            self._remaining_restarts = worker_group.spec.max_restarts - self.nodes.attempt
+        if self.nodes is not None:  # all nodes count the attempts alike
+            spec = worker_group.spec
+            counted = self.nodes.restarts(spec.max_restarts, self._remaining_restarts)
+            spec.max_restarts, self._remaining_restarts = counted
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         with bound_spawn():
@@ -196,7 +203,7 @@ def run_workers(
     before = set(multiprocessing.active_children())
     text = isinstance(entrypoint, str)
     words = list(bound((entrypoint, *args))) if text else []
-    handler = rendezvous_of(request, folder)
+    handler = rendezvous_of(request)
     agent = _Agent(
         WorkerSpec(
             role="fabricfn",
@@ -207,26 +214,18 @@ def run_workers(
             rdzv_handler=handler,
             max_restarts=request.max_restarts,
             monitor_interval=0.02,
-            master_addr=request.main_address,
-            master_port=None if request.num_nodes == 1 else request.main_port or DEFAULT_PORT,
-            local_addr="127.0.0.1" if request.num_nodes == 1 else None,
         ),
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
         start_method=start_method,
     )
     agent.folder, agent.grace, agent.aloud = folder, request.grace, aloud
-    agent.nodes = handler if isinstance(handler, Nodes) else None
-    settings = {STARTED_BY: started_by, FOLDER: str(folder)}
-    if request.num_nodes == 1:
-        settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    agent.nodes = handler if isinstance(handler, Nodes | Elastic) else None
+    settings = {STARTED_BY: started_by, FOLDER: str(folder), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if "OMP_NUM_THREADS" not in os.environ:
         settings["OMP_NUM_THREADS"] = str(threads_each(count))
     with environment(settings), own_signals(request.stop_signals, agent.pids), quiet():
         try:
-            result: RunResult = agent.run()  # pyright: ignore
-        except RendezvousClosedError:  # another node has ended, so there is no further attempt: what counts is the last
-            result = RunResult(state=WorkerState.FAILED)
-            agent._remaining_restarts += 1
+            result = _run(agent, request)
         except SignalException:
             statuses = list(_ended(agent._pcontext).values())
             if not text or statuses != [0] * count:
@@ -234,13 +233,41 @@ def run_workers(
             result = RunResult(state=WorkerState.SUCCEEDED)  # a script whose ranks have saved and left
         finally:
             _end(agent._pcontext, before)
-            if agent.nodes is not None:
-                agent.nodes.end()
-            agent._rdzv_handler.shutdown()
+            told = isinstance(sys.exc_info()[1], SignalException)
+            if not (told and isinstance(handler, Elastic)):  # else the other nodes go on without this one
+                if agent.nodes is not None:
+                    agent.nodes.end()
+                handler.shutdown()
     ranks = tuple(sorted(agent.ranks().values()))
     if not result.is_failed():
         return Outcome(ranks=ranks, folder=agent.attempt())
+    if agent.outcome is None and aloud:
+        print(story(Outcome(ranks=ranks, folder=folder, status=1)), file=sys.stderr, flush=True)
     return agent.outcome or Outcome(ranks=ranks, folder=agent.attempt(), status=1)
+
+
+def _run(agent: _Agent, request: Request) -> RunResult:
+    """Run the workers until all have succeeded, or there is no further attempt.
+
+    Raises:
+        LaunchError: several nodes did not meet, or lost the one that keeps the list of them.
+    """
+    where = f"{request.main_address}:{request.main_port or DEFAULT_PORT}"
+    try:
+        return agent.run()  # pyright: ignore
+    except RendezvousClosedError:  # another node has ended, so there is no further attempt: what counts is the last
+        agent._remaining_restarts += 1
+        return RunResult(state=WorkerState.FAILED)
+    except RendezvousTimeoutError as error:
+        raise LaunchError(
+            f"num_nodes={request.num_nodes}: too few nodes came to {where} within {seconds(request.timeout):g} s"
+            " (timeout=). Start the same command on each of them."
+        ) from error
+    except RendezvousConnectionError as error:
+        raise LaunchError(
+            f"the node at {where}, which keeps the list of nodes, is gone; no rank of this node is left. Start the same"
+            " command again on each of them."
+        ) from error
 
 
 def _end(context: Any, before: set[Any]) -> None:

@@ -15,7 +15,7 @@ from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.starting.commanded import with_command_line
 from fabricfn.starting.joining import join, place, until_shutdown
-from fabricfn.starting.request import Request, check_own_start, choice_of, request_from
+from fabricfn.starting.request import Request, check_own_start, choice_of, most_ranks, request_from
 from fabricfn.starting.scripts import attend_script, run_again, why_no_script
 from fabricfn.strategy import Strategy
 
@@ -25,7 +25,7 @@ def init_runtime(
     accelerator: str = "auto",
     devices: int | str | Sequence[int] | None = "auto",
     strategy: str | Strategy = "auto",
-    num_nodes: int = 1,
+    num_nodes: int | str = 1,
     precision: str | int | Precision = "32-true",
     environment: str | Topology | None = None,
     loggers: Logger | Sequence[Logger] = (),
@@ -39,6 +39,7 @@ def init_runtime(
     node_rank: int | None = None,
     main_address: str | None = None,
     main_port: int | None = None,
+    rendezvous: str = "auto",
     max_restarts: int = 0,
     start_method: str = "auto",
     spawn: Literal["script", "never"] = "script",
@@ -47,8 +48,8 @@ def init_runtime(
 
     Laws:
 
-    * Under a launcher (torchrun, srun, mpirun, jsrun, Kubeflow, `launch`) it joins the processes that exist. What was
-      omitted or is "auto" is left to the launcher; anything else that differs from it is an error that names both.
+    * Under a launcher (torchrun, srun, mpirun, jsrun, submitit, Ray, `launch`) it joins the processes that exist. What
+      was omitted or is "auto" is left to the launcher; anything else that differs from it is an error that names both.
     * What is at its default is set by the options of `fabricfn run`; anything else that differs from them is an error.
     * Without one, a script that asks for several ranks is run again, once for each, with the same Python flags and
       arguments; this process waits and exits as they did, so it never returns. On one node nothing listens beyond the
@@ -65,11 +66,12 @@ def init_runtime(
             one process); None or 0 for the CPU.
         strategy: "auto" (single for one rank, else ddp), "single", "dp", "ddp", "fsdp", "functional", another name
             (docs/strategies.md), a `Strategy` record, or "package.module:factory".
-        num_nodes: the number of machines.
+        num_nodes: the number of machines; or a range, "1:4": the job runs while so many are there, and when one comes
+            or goes it begins a new attempt with those that are there (to go on from the last checkpoint).
         precision: "32-true", "64-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed" (not on CPU), an alias or a
             record, as `Precision.parse` takes.
-        environment: the launcher, if it is not to be found out: "workers", "torchrun", "slurm", "lsf", "mpi",
-            "kubeflow", "single" (which ignores any), or a `fabricfn.environments.Topology` of your own.
+        environment: the launcher, if it is not to be found out: "workers", "torchrun", "submitit", "slurm",
+            "lsf", "mpi", "kubeflow", "single" (which ignores any), or a `fabricfn.environments.Topology` of your own.
         loggers: where `log` writes: one of `ff.loggers`, or several. What they hold back is written by `shutdown`, and
             when Python ends.
         callbacks: whose hooks `call` calls: any object, or a list or tuple of them.
@@ -83,11 +85,15 @@ def init_runtime(
             the main thread alone, until `shutdown`; before the first call of `should_stop` they change nothing.
         grace: where this process starts the ranks: how many seconds they may go on after it got SIGTERM, to save.
         backend: of torch.distributed; None is gloo for CPU tensors and the device's own for its tensors.
-        node_rank: which machine this is, 0 .. num_nodes - 1; needed without a launcher when num_nodes > 1.
-        main_address: the host name of the machine with node_rank 0; likewise. It replaces what a rule gave (SLURM's
-            first node), and must agree with what a launcher said.
+        node_rank: which machine this is, 0 .. num_nodes - 1; needed without a launcher when num_nodes > 1, unless the
+            rendezvous gives the machines their ranks.
+        main_address: the host name of the machine with node_rank 0, or where the rendezvous is held; likewise. It
+            replaces what a rule gave (SLURM's first node), and must agree with what a launcher said.
         main_port: its port; 29500 when omitted and nobody says otherwise.
-        max_restarts: how often all ranks are started again after one failed.
+        rendezvous: how several nodes meet where no launcher started them: "static" (each knows its rank), "c10d" or
+            another back end of torch's elastic agent; "auto" is static for a number of nodes, c10d for a range.
+        max_restarts: how often all ranks are started again after one failed; on a range of nodes each of them counts
+            what it had to restart itself, and a node that joins costs nothing.
         start_method: used by `launch`.
         spawn: "script" as above; "never" makes it an error to need other processes.
 
@@ -121,6 +127,7 @@ def init_runtime(
         node_rank=node_rank,
         main_address=main_address,
         main_port=main_port,
+        rendezvous=rendezvous,
         max_restarts=max_restarts,
         start_method=start_method,
         spawn=spawn,
@@ -137,21 +144,21 @@ def init_runtime(
 
 def _start_ranks(request: Request, choice: Choice) -> Choice:
     """Without a launcher: the choice when one rank is asked for; else the script runs again, and this never returns."""
-    count = len(choice.indices)
-    if count * request.num_nodes == 1:
+    count, ranks = len(choice.indices), most_ranks(request, choice)
+    if ranks == 1:
         return choice
     outside = why_no_script()
-    if outside is not None and choice.open and request.num_nodes == 1 and request.devices not in (-1, "-1"):
+    if outside is not None and choice.open and ranks == count and request.devices not in (-1, "-1"):
         return choose(choice.accelerator, 1, {choice.accelerator: count, "cpu": 1})
-    wish = f"devices={request.devices!r}" + f", num_nodes={request.num_nodes}" * (request.num_nodes > 1)
+    wish = f"devices={request.devices!r}" + f", num_nodes={request.num_nodes!r}" * (ranks > count)
     if outside is not None:
         raise ConfigurationError(
-            f"{wish} asks for {count * request.num_nodes} ranks, but this is {outside}, which cannot be run again for"
+            f"{wish} asks for {ranks} ranks, but this is {outside}, which cannot be run again for"
             f" each of them. Write ff.launch(fn, devices={request.devices!r}), where fn(rt) does the work."
         )
     if request.spawn == "never":
         raise ConfigurationError(
-            f'{wish} asks for {count * request.num_nodes} ranks, but spawn="never" and no launcher started them. Start'
+            f'{wish} asks for {ranks} ranks, but spawn="never" and no launcher started them. Start'
             f' with: torchrun --nproc-per-node={count} train.py, or write spawn="script".'
         )
     check_own_start(request, choice)

@@ -19,8 +19,19 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], Any]
 
 
 def unpack(cargo: Call | bytes) -> Call:
-    """The call, in the process that runs it."""
-    return pickle.loads(cargo) if isinstance(cargo, bytes) else cargo
+    """The call, in the process that runs it.
+
+    Raises:
+        LaunchError: it names something that was defined at a prompt or in a notebook, and exists there alone.
+    """
+    try:
+        return pickle.loads(cargo) if isinstance(cargo, bytes) else cargo
+    except AttributeError as error:
+        raise LaunchError(
+            f"a spawned rank does not find what it is to call: {error}. What is defined at a prompt or in a notebook"
+            " exists in that process alone. Install cloudpickle, which sends it along (pip install"
+            " 'fabricfn[closures]'), write it into a file that is imported, or write start_method=\"fork\"."
+        ) from error
 
 
 def _cloudpickle() -> ModuleType | None:
@@ -38,9 +49,10 @@ def pack(call: Call) -> bytes:
         LaunchError: it holds a closure, a lambda or an unpicklable value, and cloudpickle is not installed or fails.
     """
     clouds = _cloudpickle()
-    by_name = getattr(sys.modules["__main__"], "__file__", None) is not None
+    main = sys.modules["__main__"]
+    prompt = not hasattr(main, "__file__") or hasattr(sys, "ps1") or sys.flags.interactive
     try:
-        if by_name or clouds is None:  # what a notebook defines cannot be imported by another process
+        if not prompt or clouds is None:  # what a prompt or a notebook defines cannot be imported by another process
             return pickle.dumps(call)
     except Exception as error:
         if clouds is None:

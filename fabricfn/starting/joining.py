@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import dataclasses
 import os
-import socket
 import sys
 from collections.abc import Generator
 from datetime import timedelta
@@ -24,9 +23,9 @@ from fabricfn.loggers.journal import Journal, close
 from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.starting.letting_go import await_gloo
-from fabricfn.starting.meeting import open_store, settle
+from fabricfn.starting.meeting import interface, open_store, settle
 from fabricfn.starting.parents import mark
-from fabricfn.starting.request import Request, callbacks_of, loggers_of, seconds
+from fabricfn.starting.request import Request, callbacks_of, loggers_of, node_range, rendezvous_name, seconds
 from fabricfn.starting.words import give_up, tell_uncaught
 from fabricfn.strategies import dp, resolve
 from fabricfn.strategies.xla_package import begin
@@ -50,12 +49,16 @@ def place(topology: Topology) -> Topology:
 
 def check_conflicts(request: Request, topology: Topology, choice: Choice) -> None:
     """Raise `ConfigurationError` when an option says otherwise than the launcher. Omitted or auto is no conflict."""
+    least, most = node_range(request.num_nodes)
+    fits = most == 1 or least <= topology.num_nodes <= most
+    # Where a dynamic rendezvous is held says nothing about the node that gets rank 0.
+    fixed = rendezvous_name(request) == "static"
     pairs = (
         ("devices", None if choice.open else len(choice.indices), topology.local_world_size, "processes on this node"),
-        ("num_nodes", None if request.num_nodes == 1 else request.num_nodes, topology.num_nodes, "nodes"),
+        ("num_nodes", None if fits else request.num_nodes, topology.num_nodes, "nodes"),
         ("node_rank", request.node_rank, topology.node_rank, "as the rank of this node"),
-        ("main_address", request.main_address, topology.main_address, "as the main address"),
-        ("main_port", request.main_port, topology.main_port, "as the main port"),
+        ("main_address", request.main_address if fixed else None, topology.main_address, "as the main address"),
+        ("main_port", request.main_port if fixed else None, topology.main_port, "as the main port"),
         ("max_restarts", request.max_restarts or None, topology.max_restarts, "restarts"),
     )
     for name, wanted, found, what in pairs:
@@ -173,12 +176,14 @@ def say_goodbye(error: BaseException | None) -> None:
 
 def _make_group(request: Request, topology: Topology, device: torch.device) -> Board:
     """Join the others. Returns where the ranks of this node find the memory that they share."""
-    if topology.num_nodes == 1:
-        # Also for groups that are made later: gloo binds to the address of this interface, else to the host's name.
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, _loopback())
     limit = timedelta(seconds=seconds(request.timeout))
-    store = open_store(topology, limit)
+    store = open_store(topology, limit, lasting=device.type != "cpu")
+    # Also for groups that are made later: gloo binds to the address of this interface, else to the host's name.
+    network = interface(topology)
+    if network is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
+    if network is not None and topology.num_nodes == 1:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", network)
     # A store outlives the groups: what an earlier group or attempt wrote must not be read again.
     generation = store.add(f"fabricfn/{topology.attempt}/{topology.rank}", 1)
     backend = request.backend
@@ -196,10 +201,6 @@ def _make_group(request: Request, topology: Topology, device: torch.device) -> B
     )
     file = None if topology.folder is None else f"{topology.folder}/board-{generation}"
     return file, PrefixStore(f"fabricfn/board/{topology.attempt}/{generation}", store)
-
-
-def _loopback() -> str:
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
 def shutdown(rt: Runtime) -> None:

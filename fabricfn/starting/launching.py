@@ -1,6 +1,5 @@
 """`launch`: a function on every rank, its results in a list."""
 
-import contextlib
 import multiprocessing
 import os
 import shutil
@@ -14,21 +13,25 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 
+from fabricfn import collectives
 from fabricfn.accelerators import Choice
 from fabricfn.environments import find
-from fabricfn.errands import finish_all
 from fabricfn.errors import ConfigurationError, LaunchError
-from fabricfn.failures import exception_of, record
+from fabricfn.failures import exception_of
+from fabricfn.starting import working
 from fabricfn.starting.agent import run_workers
-from fabricfn.starting.cargo import Call, pack, read_result, unpack, write_result
+from fabricfn.starting.cargo import Call, pack, read_result
 from fabricfn.starting.commanded import with_command_line
-from fabricfn.starting.joining import join, place, say_goodbye, shutdown, until_shutdown
+from fabricfn.starting.entering import enter
+from fabricfn.starting.guarded import check_guarded, refuse_imports
+from fabricfn.starting.joining import join, place, until_shutdown
 from fabricfn.starting.outcomes import Outcome, how_it_ended
-from fabricfn.starting.parents import attend
-from fabricfn.starting.request import Request, check_own_start, choice_of, request_from, start_method_of
+from fabricfn.starting.request import Request, check_own_start, choice_of, most_ranks, request_from, start_method_of
 from fabricfn.starting.surroundings import check_ready
-from fabricfn.starting.words import leave_word
 from fabricfn.world import threads_each
+
+FOR_FORKS = (collectives, working)
+"""What is imported here, once, so that no forked rank has to."""
 
 
 def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
@@ -49,7 +52,8 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
 
     Args:
         fn: called with the `Runtime` of its rank, then `args`. With `fork` any function; otherwise one at the top level
-            of a module, or, with the extra `fabricfn[closures]`, any. Keyword arguments: `functools.partial`.
+            of a module, or, with the extra `fabricfn[closures]`, any: a closure, one of a notebook or of the prompt.
+            Keyword arguments: `functools.partial`.
         args: given to every rank.
         options: those of `init_runtime`. `start_method` is "fork", "spawn", "forkserver" or "auto": fork on CPU while
             CUDA is not initialised (0.2 s instead of several), else spawn.
@@ -66,11 +70,12 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
         >>> ff.launch(lambda rt, x: rt.world_size * x, 21, accelerator="cpu")
         [21]
     """
+    refuse_imports()
     request = with_command_line(request_from(options))
     choice = choice_of(request)
     topology = place(find(os.environ, request.environment))
     count = len(choice.indices)
-    if topology.name != "single" or count * request.num_nodes == 1:
+    if topology.name != "single" or most_ranks(request, choice) == 1:
         with until_shutdown(join(request, topology, choice)) as rt:
             return [fn(rt, *args)]
     check_own_start(request, choice)
@@ -81,8 +86,8 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
     stopped = None
     try:
         outcome = run_workers(
-            _work,
-            (cargo, _threads_of_fork(count) if method == "fork" else None),
+            enter,
+            (method == "spawn", cargo, str(folder), _threads_of_fork(count) if method == "fork" else None),
             request=request,
             count=count,
             folder=folder,
@@ -90,10 +95,14 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
             start_method=method,
         )
         if outcome.failed:
+            check_guarded(folder)
             _raise_cause(outcome)
         return [read_result(outcome.folder / f"rank-{rank}.result") for rank in outcome.ranks]
     except SignalException as error:
         stopped = error.sigval
+    except (EOFError, ConnectionError):  # a fork server has ended
+        check_guarded(folder)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if signal.getsignal(stopped) == signal.SIG_DFL:
@@ -102,26 +111,26 @@ def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
     raise LaunchError(f"launch was stopped by {stopped.name}; its ranks are gone.")
 
 
-def start_method(request: Request, choice: Choice) -> str:
+def start_method(request: Request, choice: Choice, initialised: Callable[[], bool] = torch.cuda.is_initialized) -> str:
     """The start method of multiprocessing to use.
+
+    Args:
+        request: what the user wants.
+        choice: the devices of this node.
+        initialised: whether this process has initialised CUDA.
 
     Raises:
         ConfigurationError: this platform does not have it, or forking would break CUDA in the ranks.
     """
     there_are = multiprocessing.get_all_start_methods()
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise ConfigurationError(
-            "launch is called while a spawned rank imports this script, so it would start ranks for ever. Put the call"
-            ' under: if __name__ == "__main__":'
-        )
     method = start_method_of(request)
     if method == "auto":
-        forkable = choice.accelerator == "cpu" and "fork" in there_are and not torch.cuda.is_initialized()
+        forkable = choice.accelerator == "cpu" and "fork" in there_are and not initialised()
         return "fork" if forkable else "spawn"
     if method not in there_are:
         raise ConfigurationError(f"start_method={method!r} does not exist here; there are {', '.join(there_are)}.")
     if method == "fork":
-        check_ready('launch(start_method="fork")')
+        check_ready('launch(start_method="fork")', initialised)
     return method
 
 
@@ -140,41 +149,6 @@ def _raise_cause(outcome: Outcome) -> NoReturn:
     if outcome.failure is not None:
         raise exception_of(outcome.failure)
     if outcome.failed_rank is None:
-        raise LaunchError("a rank of another node failed; that node says why.")
+        raise LaunchError("another node has ended the job, and says why.")
     text = f"rank {outcome.failed_rank} {how_it_ended(outcome)}"
     raise LaunchError(f"{text}; it left no exception.") from LaunchError("\n".join(filter(None, (text, outcome.stack))))
-
-
-def _work(cargo: Call | bytes, threads: int | None) -> None:
-    """The life of one rank."""
-    # A session of its own, so that the parent can end what the rank starts; Ctrl-C comes through the parent.
-    with contextlib.suppress(PermissionError):
-        os.setsid()
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    topology = find(os.environ)
-    attend(topology)
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        fn, args, request = unpack(cargo)
-        rt = join(request, topology, choice_of(request))
-        result = fn(rt, *args)
-        write_result(Path(topology.folder or ".") / f"rank-{topology.rank}.result", result, topology.rank)
-        shutdown(rt)
-    except BaseException as error:
-        say_goodbye(error)
-        leave_word(topology, record(error, topology.rank))
-        finish_all()  # a save goes on to its end, after an error too
-        _leave(error)
-
-
-def _leave(error: BaseException) -> NoReturn:
-    """End this process at once: to destroy the group could wait for a rank that hangs, and finalisation could abort."""
-    for child in multiprocessing.active_children():
-        child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    code = error.code if isinstance(error, SystemExit) else 1
-    os._exit(code if isinstance(code, int) and code else 1)

@@ -73,7 +73,7 @@ def story(outcome: Outcome) -> str:
     if failure is not None:
         return f"fabricfn: rank {rank} failed first: {failure.summary}\n{failure.text}"
     if rank is None:
-        return "fabricfn: a rank of another node has failed; that node says why"
+        return "fabricfn: another node has ended the job, and says why"
     text = f"fabricfn: rank {rank} {how_it_ended(outcome)}"
     if outcome.status > 0:
         text += "; what it printed stands above"

@@ -24,9 +24,8 @@ PARENT_DIED = signal.SIGKILL
 _BIND = (
     "import ctypes, os, sys; "
     f"ctypes.CDLL(None).prctl(1, {int(PARENT_DIED)}); "
-    "os.getppid() == int(sys.argv[1]) or os._exit(1); "
+    "os.getppid() == {parent} or os._exit(1); "
     "os.getsid(0) == os.getpid() or os.setsid(); "
-    "os.execv(sys.argv[2], sys.argv[2:])"
 )
 
 Step = Literal["came", "joined", "left"]
@@ -43,14 +42,26 @@ def bound(command: Sequence[str]) -> tuple[str, ...]:
     """
     if sys.platform != "linux" or getattr(sys, "frozen", False):
         return tuple(command)
-    return (sys.executable, "-I", "-S", "-c", _BIND, str(os.getpid()), *command)
+    bind = _BIND.format(parent=os.getpid())
+    return (sys.executable, "-I", "-S", "-c", f"{bind}os.execv(sys.argv[1], sys.argv[1:])", *command)
 
 
 @contextlib.contextmanager
 def bound_spawn() -> Generator[None]:
-    """What multiprocessing spawns inside the block is `bound`, too: it has no option for that."""
+    """What multiprocessing spawns inside the block is bound, too: it has no option for that.
+
+    It imports torch sooner without garbage collection, which `entering.enter` switches on again.
+    """
     plain = spawn.get_command_line
-    spawn.get_command_line = lambda **options: list(bound(plain(**options)))
+
+    def command(**options: Any) -> list[str]:
+        words = list(plain(**options))
+        if sys.platform == "linux" and "-c" in words:
+            at = words.index("-c") + 1
+            words[at] = f"import gc; gc.disable(); {_BIND.format(parent=os.getpid())}{words[at]}"
+        return words
+
+    spawn.get_command_line = command
     try:
         yield
     finally:

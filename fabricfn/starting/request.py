@@ -25,7 +25,7 @@ class Request:
     accelerator: str = "auto"
     devices: int | str | Sequence[int] | None = "auto"
     strategy: str | Strategy = "auto"
-    num_nodes: int = 1
+    num_nodes: int | str = 1
     precision: str | int | Precision = "32-true"
     environment: str | Topology | None = None
     loggers: Logger | Sequence[Logger] = ()
@@ -39,6 +39,7 @@ class Request:
     node_rank: int | None = None
     main_address: str | None = None
     main_port: int | None = None
+    rendezvous: str = "auto"
     max_restarts: int = 0
     start_method: str = "auto"
     spawn: Literal["script", "never"] = "script"
@@ -69,10 +70,9 @@ def choice_of(request: Request) -> Choice:
     for name, allowed in (("spawn", ("script", "never")), ("start_method", START_METHODS)):
         if getattr(request, name) not in allowed:
             raise ConfigurationError(f"{name}={getattr(request, name)!r} is unknown; there are {', '.join(allowed)}.")
-    for name, least in (("num_nodes", 1), ("max_restarts", 0)):
-        value = getattr(request, name)
-        if type(value) is not int or value < least:
-            raise ConfigurationError(f"{name}={value!r} must be a whole number, at least {least}.")
+    node_range(request.num_nodes)
+    if type(request.max_restarts) is not int or request.max_restarts < 0:
+        raise ConfigurationError(f"max_restarts={request.max_restarts!r} must be a whole number, at least 0.")
     start_method_of(request)
     loggers_of(request)
     if seconds(request.timeout) <= 0:
@@ -156,22 +156,67 @@ def seconds(timeout: float | timedelta) -> float:
     return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
 
 
+def node_range(num_nodes: int | str) -> tuple[int, int]:
+    """The least and the largest number of nodes that `num_nodes` allows.
+
+    Raises:
+        ConfigurationError: it is neither a number nor a range.
+
+    Example:
+        >>> node_range(2), node_range("1:4")
+        ((2, 2), (1, 4))
+    """
+    least, colon, most = str(num_nodes).partition(":")
+    most = most if colon else least
+    if type(num_nodes) in (int, str) and least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most):
+        return int(least), int(most)
+    raise ConfigurationError(
+        f'num_nodes={num_nodes!r} must be a whole number, at least 1, or a range such as "1:4": nodes that come and go'
+        " while the job runs."
+    )
+
+
+def most_ranks(request: Request, choice: Choice) -> int:
+    """The number of ranks of the job, when every node is like this one and as many take part as may."""
+    return len(choice.indices) * node_range(request.num_nodes)[1]
+
+
+def rendezvous_name(request: Request) -> str:
+    """How several nodes meet: "static", where each knows its rank, or a back end of torch's that gives them theirs."""
+    least, most = node_range(request.num_nodes)
+    if request.rendezvous == "static" and least < most:
+        raise ConfigurationError(
+            f'num_nodes={request.num_nodes!r} is a range, but rendezvous="static" is for a fixed number of nodes. Write'
+            ' rendezvous="c10d", or leave it out.'
+        )
+    return request.rendezvous if request.rendezvous != "auto" else "static" if least == most else "c10d"
+
+
 def check_own_start(request: Request, choice: Choice) -> None:
     """Raise `ConfigurationError` unless this process can start the ranks of this node by itself.
 
     Called before any process is started: what is wrong must not come out of every rank, or as a hang.
     """
-    resolve(request.strategy, len(choice.indices) * request.num_nodes)
-    if request.num_nodes == 1:
+    resolve(request.strategy, most_ranks(request, choice))
+    _, most = node_range(request.num_nodes)
+    if most == 1:
         if request.node_rank not in (None, 0):
             raise ConfigurationError(f"node_rank={request.node_rank}, but num_nodes=1. Write num_nodes=... too.")
         return
-    if request.node_rank is None or request.main_address is None:
+    dynamic = rendezvous_name(request) != "static"
+    if request.main_address is None or (request.node_rank is None and not dynamic):
+        ranks = "" if dynamic else f"node_rank=0 .. {most - 1}, a different one on each node, and "
+        word = "" if dynamic else " --node-rank 0"
         raise ConfigurationError(
-            f"num_nodes={request.num_nodes} needs node_rank=0 .. {request.num_nodes - 1}, a different one on each"
-            " node, and main_address=, the name of the node with node_rank=0, when no launcher such as torchrun"
-            " sets them. On the command line: fabricfn run --num-nodes"
-            f" {request.num_nodes} --node-rank 0 --main-address ... train.py"
+            f"num_nodes={request.num_nodes} needs {ranks}main_address=, the name of"
+            f" {'one and the same node' if dynamic else 'the node with node_rank=0'} on all of them, when no launcher"
+            f" such as torchrun sets them. On the command line: fabricfn run --num-nodes {request.num_nodes}{word}"
+            " --main-address ... train.py"
         )
-    if not 0 <= request.node_rank < request.num_nodes:
-        raise ConfigurationError(f"node_rank={request.node_rank} must be 0 .. {request.num_nodes - 1} (num_nodes - 1).")
+    if request.node_rank is not None and dynamic:
+        raise ConfigurationError(
+            f"node_rank={request.node_rank}, but rendezvous={rendezvous_name(request)!r} gives the nodes their ranks,"
+            ' as they come. Leave node_rank out, or write rendezvous="static" and a fixed num_nodes.'
+        )
+    if request.node_rank is not None and not 0 <= request.node_rank < most:
+        raise ConfigurationError(f"node_rank={request.node_rank} must be 0 .. {most - 1} (num_nodes - 1).")

@@ -25,8 +25,8 @@ SHOWN = 6
 """So many lines of it are shown."""
 OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 """The folders whose lines say nothing to a user."""
-STARTS = str(Path("fabricfn", "starting", "launching.py"))
-"""What is further out than this file is how the rank was started."""
+STARTS = tuple(str(Path("fabricfn", "starting", name)) for name in ("launching.py", "working.py"))
+"""What is further out than these files is how the rank was started."""
 LINE = re.compile(r'File "(.*)", line (\d+) in (.*)')
 
 

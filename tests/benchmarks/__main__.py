@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fabricfn as ff
-from tests.benchmarks import inputs, randomness, ranks, report, sharded, steps, storage
+from tests.benchmarks import inputs, randomness, ranks, report, sharded, starting, steps, storage
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs/benchmarks.json"
@@ -51,6 +51,7 @@ MEASURES = {
     "sharded": functools.partial(on_two_ranks, storage.measure_sharded),
     "stall": storage.measure_stall,
     "partial": functools.partial(on_two_ranks, storage.measure_partial),
+    "starting": starting.measure,
     "imports": functools.partial(inputs.measure_programs, inputs.IMPORTS),
     "first_step": functools.partial(inputs.measure_programs, inputs.FIRST_STEPS),
 }
@@ -75,6 +76,7 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
     ("sharded", "sharded", "bare", {}, 10),
     ("stall", "stall", "copy", {}, 10),
     ("partial", "partial", "needed", {}, 1),
+    ("starting", "starting", "torch", {}, 5),
     ("imports", "imports", "import torch", {}, 5),
     ("first_step", "first_step", "plain", {}, 5),
 )
@@ -111,7 +113,7 @@ def measure_all(quick: bool, only: str) -> dict[str, Any]:
     for key, name, base, options, rounds in ROWS:
         if not key.startswith(only):
             continue
-        times = 1 if name in ("imports", "first_step", "partial") else repeats
+        times = 1 if name in ("starting", "imports", "first_step", "partial") else repeats
         found = in_fresh_processes(name, times, **options, rounds=max(rounds // divisor, 1))
         if isinstance(found[0][next(iter(found[0]))], dict):  # several figures of one measurement
             for part in found[0]:

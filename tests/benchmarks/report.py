@@ -20,6 +20,10 @@ ASKED = {
     "to_device": {"fabricfn": 1.2},
     "batches": {"fabricfn": 1.2},
     "stream": {"fabricfn": 1.1},
+    "starting spawn": {"fabricfn": 1.1},
+    "starting forkserver": {"fabricfn": 1.1},
+    "starting fork": {"fabricfn": 1.1},
+    "starting default": {"fabricfn, spawn": 0.5, "fabricfn": 0.5},
     "imports": {"import fabricfn": 1.05},
     "save": {"fabricfn": 1.11},
     "sharded save": {"fabricfn": 1.11},
@@ -50,6 +54,14 @@ INPUT_ROWS = {
     "batches": "`batches` over ready batches, a batch, against the bare DataLoader",
 }
 STREAM_ROWS = {"stream": "an epoch over an IterableDataset of 16384 samples, batches of 32"}
+
+FIRST_COLLECTIVE = {"fabricfn": "fabricfn", "Lightning Fabric": "Lightning Fabric"}
+SPAWNS = {"fabricfn, spawn": "fabricfn, spawn", "fabricfn": "fabricfn, by itself (fork)"}
+STARTING_ROWS = {
+    "starting spawn": "spawn",
+    "starting forkserver": "forkserver",
+    "starting fork": "fork",
+}
 
 PARTS = {
     "partial rows": "half of the rows of one tensor",
@@ -94,6 +106,14 @@ one, which takes up to five times as long as the copy into them. DCP is torch's 
 """
 
 
+STARTING_HEAD = """## Starting two ranks
+
+Wall time from the call to the end of the first collective, `torch.distributed.all_reduce` of one number; each call in a
+process of its own, which has imported everything before. torch: `torch.multiprocessing.start_processes` and gloo by
+`tcp://`. Alone: `python -m tests.benchmarks --only starting`.
+"""
+
+
 def parts_table(results: dict[str, Any]) -> str:
     """Bytes read over bytes needed."""
     lines = ["| what a rank of two loads | MiB needed | read / needed |", "| --- | --- | --- |"]
@@ -124,6 +144,8 @@ def table(results: dict[str, Any], rows: dict[str, str], base: str, contenders: 
     head = ["", base, *contenders.values()]
     lines = [head, ["---"] * len(head)]
     for key, title in rows.items():
+        if key not in results:  # `--only` of another row, on a page that is older than this one
+            continue
         result = results[key]
         cells = [cell(result, name, ASKED.get(key, {})) for name in contenders]
         lines.append([title, amount(result["seconds"]), *cells])
@@ -187,5 +209,8 @@ def render(results: dict[str, Any], processes: int = 3) -> str:
         parts_table(results),
         table(results, {"imports": "importing"}, "import torch", first["imports"]),
         table(results, {"first_step": "from nothing to the first step done"}, "by hand", first["first_step"]),
+        STARTING_HEAD,
+        table(results, STARTING_ROWS, "torch", {"torch again (noise)": "again", **FIRST_COLLECTIVE}),
+        table(results, {"starting default": "two ranks"}, "Lightning Fabric, spawn", SPAWNS),
     ]
     return "\n".join(parts)
