@@ -94,9 +94,7 @@ def train(rt: ff.Runtime, training: Dataset, test: Dataset, num_epochs: int, lr:
             (loss, right), grads = grad_fn(model, x, y)
             model, opt = ff.optimizer_step(rt, model, opt, grads, donate=True, **schedule(epoch))
             if opt.step % 100 == 1:
-                ff.print(
-                    rt, f"epoch {epoch}, step {opt.step}: loss {loss:.4f}, {right / len(y):.1%} of the batch right"
-                )
+                ff.print(rt, f"epoch {epoch}, step {opt.step}: loss {loss:.4f}, {right / len(y):.1%} right")
         accuracy = accuracy_fn(ff.eval_mode(model), ff.batches(rt, test_loader)).item()
         ff.print(rt, f"epoch {epoch}: test accuracy: {accuracy:.1%}")
         ff.save(rt, f"{folder}/last", {"model": model, "opt": opt, "epoch": epoch, "accuracy": accuracy})

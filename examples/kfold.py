@@ -14,7 +14,7 @@ from digits import load_data, make_net
 from sklearn.model_selection import KFold
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import fabricfn as ff
 
@@ -40,6 +40,19 @@ def train(rt: ff.Runtime, data: Dataset, num_epochs: int) -> ff.Model:
     return ff.eval_mode(model)
 
 
+def cross_validate(
+    rt: ff.Runtime, data: TensorDataset, num_folds: int, num_epochs: int
+) -> tuple[list[ff.Model], list[float]]:
+    """(a net for each fold, how many of the samples that it never saw it gets right)."""
+    models, scores = [], []
+    for fold, (used, left_out) in enumerate(KFold(num_folds).split(data)):
+        models.append(train(rt, Subset(data, used), num_epochs))
+        x, y = ff.to_device(rt, data[left_out])
+        scores.append((ff.apply(rt, models[-1], x).argmax(dim=1) == y).double().mean().item())
+        ff.print(rt, f"fold {fold}: {scores[-1]:.2%} right")
+    return models, scores
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="auto")
@@ -50,12 +63,7 @@ def main() -> None:
 
     with ff.runtime(devices=args.devices, strategy=args.strategy, seed=0) as rt:
         training, held_out = load_data()
-        models, scores = [], []
-        for fold, (used, left_out) in enumerate(KFold(args.folds).split(training)):
-            models.append(train(rt, Subset(training, used), args.epochs))
-            x, y = ff.to_device(rt, training[left_out])
-            scores.append((ff.apply(rt, models[-1], x).argmax(dim=1) == y).double().mean().item())
-            ff.print(rt, f"fold {fold}: {scores[-1]:.2%} right")
+        models, scores = cross_validate(rt, training, args.folds, args.epochs)
         ff.print(rt, f"on average {statistics.mean(scores):.2%}, give or take {statistics.stdev(scores):.2%}")
 
         x, y = ff.to_device(rt, held_out.tensors)
