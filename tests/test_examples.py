@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 # What runs in seconds, and what rank 0 says in the end.
 RUNS = {
-    "dcgan": ("--epochs 8", r"distance to the real digits: [\d.]+ before, [\d.]+ after"),
+    "dcgan": ("--epochs 7", r"distance to the real digits: [\d.]+ before, [\d.]+ after"),
     "distillation": ("--epochs 4", r"student: 9\d\.\d+% right"),
-    "maml": ("--steps 150", r"random start, [\d.]+ from ours"),
+    "maml": ("--steps 120", r"random start, [\d.]+ from ours"),
     "kfold": ("--folds 3 --epochs 3", r"all 3 together: 9\d\.\d+%"),
     "ppo": ("--updates 9", r"update 8: \d+ games"),
     "cifar10": ("--stand-in --epochs 1 --lr 1e-3 --checkpoints {folder}", r"epoch 0: test accuracy: \d+"),
