@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import torch
 
+from fabricfn.checkpoint.foreign.kinds import Keys
 from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of, view_of
 from fabricfn.checkpoint.trees.reading import on_host
 from fabricfn.errors import CheckpointError
 from fabricfn.sharding import is_sharded, with_local
 
-Keys = tuple[str | int, ...]
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 DEPTH_LIMIT = 100
 
