@@ -138,4 +138,4 @@ def _value(folder: Path, item: Item, fds: dict[str, tuple[int, int]]) -> Stored 
                     mine.copy_(narrowed(values, within(box, chunk.box)))
 
     file = folder / (item.chunks[0].file if item.chunks else METADATA)
-    return Stored(dtype=dtype, shape=item.shape, file=file, fill=fill)
+    return Stored(dtype=dtype, shape=item.shape, file=file, fill=fill, at_once=True)

@@ -29,6 +29,8 @@ class Stored:
     """(tensor in host memory, its parts, the name for messages): fill these parts."""
     same: Hashable = None
     """Equal for tensors that are one array in the file; None when nobody knows."""
+    at_once: bool = False
+    """A part costs as much as all of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
