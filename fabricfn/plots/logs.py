@@ -6,6 +6,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _natural(path: Path) -> list[Any]:
     """version_10 comes after version_9."""
-    return [(len(part), part) for part in path.parts]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def _labels(files: Sequence[Path]) -> list[str]:

@@ -19,7 +19,8 @@ from fabricfn.checkpoint.format.manifest import (
 from fabricfn.errors import CheckpointError
 
 LIMIT = 256 << 20
-MOST_LEAVES = 1_000_000
+PER_BYTE = 16
+"""Entries that one byte of a pickle may stand for; a hostile one names a container twice, and again, and again."""
 DEPTH_LIMIT = 100
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -108,7 +109,7 @@ def torch_outline(path: Path) -> tuple[Node | int, tuple[Leaf, ...]]:
                 _damaged(path, f"its pickle has {entry.file_size:,} bytes")
             with archive.open(entry) as file:
                 tree = _Unpickler(file).load()
-        return _Outline().of(tree)
+        return _Outline(1000 + PER_BYTE * entry.file_size).of(tree)
     except zipfile.BadZipFile:
         _damaged(path, "no file of torch.save in a format since torch 1.6; ff.load_raw reads the older ones")
     except (CheckpointError, MemoryError):
@@ -122,7 +123,9 @@ def _damaged(path: Path, why: str) -> NoReturn:
 
 
 class _Outline:
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.room = most
+        """So many entries may still come."""
         self.leaves: list[Leaf] = []
         self.first: dict[Any, int] = {}
 
@@ -130,7 +133,8 @@ class _Outline:
         return self.node(tree, 0), tuple(self.leaves)
 
     def node(self, value: Any, depth: int) -> Node | int:
-        if depth > DEPTH_LIMIT or len(self.leaves) > MOST_LEAVES:
+        self.room -= 1
+        if depth > DEPTH_LIMIT or self.room < 0:
             raise ValueError("it nests too deep, or has too many entries")
         if isinstance(value, dict):
             items = cast("dict[Any, Any]", value)
