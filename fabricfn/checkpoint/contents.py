@@ -21,7 +21,8 @@ from fabricfn.checkpoint.storage.opening import opened
 class Contents:
     """A checkpoint of anybody's, but for the numbers."""
 
-    path: str
+    path: str = ""
+    """As the caller named it."""
     writer: str
     """A line: the format, and by whom and when it was written, as far as the files say it."""
     tree: Node | int
@@ -37,9 +38,11 @@ def contents_of(path: str | os.PathLike[str], storage_options: Mapping[str, Any]
     Raises:
         CheckpointError: there is none, or what describes it is damaged.
     """
-    if not is_foreign(path):
-        return _ours(path, storage_options)
-    place = unresolved(path)
+    found = _foreign(unresolved(path)) if is_foreign(path) else _ours(path, storage_options)
+    return dataclasses.replace(found, path=os.fspath(path))
+
+
+def _foreign(place: Path) -> Contents:
     if place.is_dir() and os.path.lexists(place / METADATA):
         return _distributed(place)
     names = [*INDEXES, *SINGLES] if place.is_dir() else []
@@ -56,7 +59,6 @@ def _ours(path: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Co
     ranks = f"{manifest.world_size} rank{'s' if manifest.world_size > 1 else ''}"
     time = f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M:%S} UTC"
     return Contents(
-        path=str(source.path),
         writer=f"fabricfn, {time}, by {ranks} under {manifest.strategy}, save {manifest.save_id[:8]}",
         tree=manifest.tree,
         leaves=manifest.leaves,
@@ -67,14 +69,14 @@ def _ours(path: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Co
 def _torch(place: Path, file: Path) -> Contents:
     tree, leaves = torch_outline(file)
     files = ((place.name, file.stat().st_size),)
-    return Contents(path=str(place), writer="PyTorch, torch.save", tree=tree, leaves=leaves, files=files)
+    return Contents(writer="PyTorch, torch.save", tree=tree, leaves=leaves, files=files)
 
 
 def _safetensors(place: Path, file: Path) -> Contents:
     names, leaves = _header(file, 0)
     tree = Node(kind="dict", keys=names, children=tuple(range(len(names))))
     files = ((place.name, file.stat().st_size),)
-    return Contents(path=str(place), writer="safetensors", tree=tree, leaves=leaves, files=files)
+    return Contents(writer="safetensors", tree=tree, leaves=leaves, files=files)
 
 
 def _header(file: Path, number: int) -> tuple[tuple[str, ...], tuple[Leaf, ...]]:
@@ -102,7 +104,6 @@ def _sharded(index: Path) -> Contents:
             found |= {str(key): _moved(leaf, number) for key, leaf in zip(keys, leaves, strict=False)}
     names = tuple(name for name in placed if name in found)
     return Contents(
-        path=str(index.parent),
         writer="Hugging Face, shards and their index",
         tree=Node(kind="dict", keys=names, children=tuple(range(len(names)))),
         leaves=tuple(found[name] for name in names),
@@ -126,7 +127,7 @@ def _distributed(folder: Path) -> Contents:
         leaves.append(leaf)
     files = tuple((name, (folder / name).stat().st_size) for name in names)
     writer = f"torch.distributed.checkpoint, {len(files)} file{'s' if len(files) > 1 else ''}"
-    return Contents(path=str(folder), writer=writer, tree=_nodes(tree), leaves=tuple(leaves), files=files)
+    return Contents(writer=writer, tree=_nodes(tree), leaves=tuple(leaves), files=files)
 
 
 def _put(tree: dict[str | int, Any], keys: Keys, number: int) -> None:
