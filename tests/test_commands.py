@@ -159,7 +159,13 @@ class Evil:
 def test_inspect_names_what_a_file_wants_to_run_and_does_not_run_it(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shared = torch.arange(6.0)
-    tree = {"a\x1b[31m": Evil(), "w": nn.Parameter(shared), "twin": [shared, shared[:2]], "n": float("nan")}
+    tree = {
+        "a\x1b[31m": Evil(),
+        "w": nn.Parameter(shared),
+        "twin": [shared, shared[:2]],
+        "n": float("nan"),
+        "d": torch.int8,
+    }
     torch.save(tree, tmp_path / "a.pt")
     _, out, _ = command(capsys, "inspect", "a.pt")
     assert not (tmp_path / "evil").exists()
@@ -170,6 +176,7 @@ def test_inspect_names_what_a_file_wants_to_run_and_does_not_run_it(capsys, tmp_
     assert rows["0"] == "float32[6] 0 the same array as w"
     assert rows["1"] == "float32[2] 8"
     assert rows["n"] == "nan"
+    assert rows["d"] == "<torch.int8>"
 
 
 def test_a_pickle_that_grows_or_holds_itself_is_an_error(tmp_path):

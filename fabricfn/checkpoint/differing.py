@@ -179,6 +179,8 @@ def _compared(path: str, a: Stored, b: Stored, atol: float) -> Change | None:
     count, distances, most = 0, [0.0], block_of(a, b)
     for one, other in zip(blocks(a, path, most), blocks(b, path, most), strict=True):
         left, right = one.reshape(-1), other.reshape(-1)
+        if left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
+            continue  # quicker than to count
         differs = _differs(left, right)
         if differs.any():
             count += int(differs.sum())

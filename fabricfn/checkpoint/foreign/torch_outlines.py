@@ -69,6 +69,11 @@ class Dtype(str):
 
     __slots__ = ()
 
+    @property
+    def name(self) -> str:
+        """As torch writes it."""
+        return f"torch.{self}"
+
 
 class _Unpickler(pickle.Unpickler):
     """Calls nothing but what stands in this file, made anew for each: a pickle may set attributes of it."""
@@ -105,8 +110,8 @@ def torch_outline(path: Path) -> tuple[Node | int, tuple[Leaf, ...]]:
     try:
         with zipfile.ZipFile(path) as archive:
             (entry,) = (found for found in archive.infolist() if found.filename.rpartition("/")[2] == "data.pkl")
-            if entry.file_size > LIMIT:
-                _damaged(path, f"its pickle has {entry.file_size:,} bytes")
+            if entry.file_size > LIMIT or entry.compress_type != zipfile.ZIP_STORED:
+                _damaged(path, f"its pickle has {entry.file_size:,} bytes, or is compressed, which torch never does")
             with archive.open(entry) as file:
                 tree = _Unpickler(file).load()
         return _Outline(1000 + PER_BYTE * entry.file_size).of(tree)
@@ -149,7 +154,7 @@ class _Outline:
 
     def leaf(self, value: Any) -> Leaf:
         if not isinstance(value, Tensor):
-            name = value.name if isinstance(value, Thing) else class_of(value).__name__
+            name = getattr(value, "name", class_of(value).__name__)
             return plain_leaf(value) or Leaf(kind="object", value=name)
         shape = tuple(value.shape)
         if any(type(length) is not int or length < 0 for length in shape) or too_large(shape):
