@@ -237,7 +237,7 @@ def test_diff_names_what_differs_by_how_much_and_what_is_missing(capsys, tmp_pat
 def test_differences_are_counted_over_all_blocks(tmp_path, monkeypatch, buffer):
     monkeypatch.setattr(exporting, "BUFFER", buffer)
     a, b = torch.zeros(5, 7), torch.zeros(5, 7, dtype=torch.float64)
-    b[0, 0], b[2, 3], b[4, 6] = 1e-30, -2.5, float("nan")
+    b[0, 0], b[2, 3], b[4, 6] = -2.5, 1e-30, float("nan")
     torch.save({"same": {"w": a}, "kind": {"w": a}}, tmp_path / "a.pt")
     torch.save({"same": {"w": b.float()}, "kind": {"w": b}}, tmp_path / "b.pt")
     for change in ff.diff_checkpoints(tmp_path / "a.pt", tmp_path / "b.pt").changes:
