@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Receipt as Receipt,
         Saving as Saving,
         consolidate as consolidate,
+        diff_checkpoints as diff_checkpoints,
         inspect_checkpoint as inspect_checkpoint,
         latest as latest,
         list_checkpoints as list_checkpoints,
@@ -159,8 +160,8 @@ else:
         "transfers": "to_device",
         # checkpoints
         "checkpoint": (
-            "save load load_raw consolidate latest list_checkpoints verify_checkpoint inspect_checkpoint retained"
-            " prune_checkpoints Receipt Saving Loaded CheckpointType"
+            "save load load_raw consolidate latest list_checkpoints verify_checkpoint inspect_checkpoint"
+            " diff_checkpoints retained prune_checkpoints Receipt Saving Loaded CheckpointType"
         ),
         # what a training loop is made up of
         "patience": "early_stopping EarlyStopping",

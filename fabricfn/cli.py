@@ -1,4 +1,6 @@
-"""The command line: `fabricfn run train.py`, `fabricfn env`. It imports torch only where something is to be measured.
+"""The command line: `fabricfn run train.py`, `fabricfn env`, and those in `commands`.
+
+It imports torch only where something is to be measured or computed.
 
 `run` starts nothing itself: it becomes `python train.py`, with its options in one environment variable, which
 `init_runtime` and `launch` read. So flags, signals and the exit status are those of the script, and the ranks are
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from fabricfn.commands import add_commands, carry_out
 from fabricfn.environments.command_line import RUN, write
 from fabricfn.errors import CapabilityError, ConfigurationError
 
@@ -32,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if chosen.command == "env":
         print(import_module("fabricfn.facts").environment_report())
         sys.exit(0)
+    if chosen.command != "run":
+        sys.exit(carry_out(chosen))
     _run(chosen, _flags(sys.orig_argv, sys.argv[1:]) if arguments is None else [])
 
 
@@ -39,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fabricfn", description="Training PyTorch models with pure functions.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("env", help="what is installed and which launcher was found, for a bug report")
+    add_commands(commands)
     run = commands.add_parser("run", help="run a script", usage=USAGE, description=HELP, allow_abbrev=False)
     run.add_argument("--accelerator", metavar="NAME", help="auto, cpu, gpu, cuda, mps, tpu, ...")
     run.add_argument("--strategy", metavar="NAME", help="auto, single, ddp, fsdp, functional, package.module:factory")

@@ -18,6 +18,7 @@ import fabricfn as ff
 from fabricfn.checkpoint import exporting
 from fabricfn.checkpoint.exporting import boxes
 from fabricfn.checkpoint.format.boxes import Box, flaw, whole
+from fabricfn.checkpoint.storage.opening import opened
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
 
@@ -268,7 +269,7 @@ def test_a_checkpoint_that_is_not_committed_yet_is_exported_into_its_own_folder(
     """What `save` does before the commit: the manifest is in memory alone."""
     module = net()
     ff.save(RT, tmp_path / "last", {"model": ff.setup_model(RT, module), "n": 3})
-    with exporting.opened(tmp_path / "last") as source:
+    with opened(tmp_path / "last") as source:
         manifest = source.manifest
     (tmp_path / "last" / "manifest.json").unlink()
     size = exporting.export_beside(tmp_path / "last", manifest)

@@ -24,6 +24,7 @@ FLOORS = (
         "failures",
         "errands",
         "loggers",
+        "plots",
         "flat",
         "sharding",
         "meshes",
@@ -53,8 +54,9 @@ FLOORS = (
         "checkpoint",
         "relays",
     ),  # verbs
-    # what there is on this machine; what a run measures; gradients of a net in stages; what a loop is made up of
-    ("facts", "figures", "pipelining", "patience", "averaging", "meters", "peaks", "spikes"),
+    # what there is on this machine; what a run measures; gradients of a net in stages; what a loop is made up of;
+    # commands that start nothing
+    ("facts", "figures", "pipelining", "patience", "averaging", "meters", "peaks", "spikes", "commands"),
     ("testing", "cli"),  # worlds, cases, laws; the command line
     ("__init__", "__main__"),  # every public name; python -m fabricfn
 )
@@ -67,6 +69,7 @@ OPTIONAL: dict[str, set[str]] = {
     "environments.mpi": {"mpi4py"},
     "loggers.tensorboard_events": {"torch"},  # whose `tensorboard` needs that package
     "progress_bars": {"tqdm"},
+    "plots.pictures": {"matplotlib"},
 }
 
 # The files that name a library which belongs to them alone.

@@ -9,6 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fabricfn.checkpoint.contents import Contents as Contents, contents_of as contents_of
+    from fabricfn.checkpoint.differing import (
+        Change as Change,
+        Differences as Differences,
+        diff_checkpoints as diff_checkpoints,
+    )
     from fabricfn.checkpoint.exporting import consolidate as consolidate
     from fabricfn.checkpoint.foreign.loading import load_raw as load_raw
     from fabricfn.checkpoint.jobs import Receipt as Receipt
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
     from fabricfn.checkpoint.loading import Loaded as Loaded, load as load
     from fabricfn.checkpoint.retention import prune_checkpoints as prune_checkpoints, retained as retained
     from fabricfn.checkpoint.saving import Saving as Saving, save as save
+    from fabricfn.checkpoint.tables import table as table
     from fabricfn.checkpoint.trees.custom import CheckpointType as CheckpointType
 else:
     # Looking at checkpoints imports no torch, so the functions are not imported all at once.
@@ -33,6 +40,9 @@ else:
         "trees.custom": ("CheckpointType",),
         "foreign.loading": ("load_raw",),
         "exporting": ("consolidate",),
+        "differing": ("diff_checkpoints", "Differences", "Change"),
+        "contents": ("contents_of", "Contents"),
+        "tables": ("table",),
         "retention": ("retained", "prune_checkpoints"),
         "listing": (
             *("latest", "list_checkpoints", "verify_checkpoint", "inspect_checkpoint"),

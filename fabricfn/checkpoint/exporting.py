@@ -3,52 +3,37 @@
 The bytes go from the pieces, checked, through one buffer into the new files: no tensor is ever whole in memory.
 """
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fabricfn.checkpoint.exportable import Tensor, chosen, exportable
+from fabricfn.checkpoint.foreign.values import Stored, read
 from fabricfn.checkpoint.format.boxes import Box, whole
-from fabricfn.checkpoint.format.manifest import ARRAYS, DTYPES, EXPORTED, Leaf, Manifest, Node, array_bytes, path_text
-from fabricfn.checkpoint.format.pieces import Source
+from fabricfn.checkpoint.format.manifest import DTYPES, EXPORTED, Manifest
 from fabricfn.checkpoint.format.writing import sync_folder, write_file
 from fabricfn.checkpoint.storage.commit import make_folders
 from fabricfn.checkpoint.storage.objects import local_path
-from fabricfn.checkpoint.storage.opening import opened, unfinished
+from fabricfn.checkpoint.storage.opening import unfinished
 from fabricfn.checkpoint.trees.arrays import bytes_of
-from fabricfn.checkpoint.trees.outline import Only, Path as Keys, listing, nothing_selected, prune
+from fabricfn.checkpoint.trees.outline import Only
 from fabricfn.checkpoint.trees.placements import Part
-from fabricfn.checkpoint.trees.reading import read_parts, torch_dtype
 from fabricfn.errors import CheckpointError
 
 BUFFER = 32 << 20
 SHARD_SIZE = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 UNFINISHED = re.compile(r"\.export-[0-9a-f]{32}-.+")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
-    """One tensor of an export."""
-
-    name: str
-    leaf: Leaf
-    """The one that has the pieces."""
-    path: str
-    """In the checkpoint, for messages."""
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return array_bytes(self.leaf.dtype, self.leaf.shape)
 
 
 def consolidate(
@@ -59,22 +44,25 @@ def consolidate(
     max_shard_size: int = SHARD_SIZE,
     storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Path, ...]:
-    """Write the model of a checkpoint for other tools: safetensors files in Hugging Face's layout.
+    """Write the model of a checkpoint for other tools: safetensors in Hugging Face's layout, one file, or PyTorch.
 
-    Laws: the values are those of the checkpoint, bit for bit, each block checked. It needs less than 100 MiB, whatever
-    the size of the model. After a crash there is a whole export at `target`, or none that could be taken for one.
+    Laws: the values are those of the checkpoint, bit for bit, each block of ours checked. It needs less than 100 MiB,
+    whatever the size of the model; but a PyTorch file is made in memory, and one tensor of torch.distributed.checkpoint
+    is. After a crash there is a whole export at `target`, or none that could be taken for one.
 
     `safetensors.torch.load_file` reads the files; `transformers` and the hub do once the model's own `config.json` is
     beside them (`config.save_pretrained(target)`). Not collective: one process calls it, of a run or of none.
 
     Args:
-        path: the folder that `save` made, or its URL, by whatever strategy and number of ranks.
-        target: a folder, made if it is missing. An older export there is replaced; other files stay as they are.
-        only: which entries, by path ("model", "ema/params/*"). By default the `Model`s of the tree. Parameters and
-            buffers of one Model bear their own names; of several, the path before them ("student.0.weight"). Where no
-            Model is selected, tensors bear the path below what they have in common.
-        max_shard_size: bytes. Where all tensors fit, there is one file, `model.safetensors`; otherwise files of at most
-            this size and `model.safetensors.index.json`. A larger tensor has a file of its own.
+        path: the folder that `save` made, or its URL, by whatever strategy and number of ranks. Or what `load_raw`
+            reads: a file of PyTorch or safetensors, a folder of Hugging Face's or torch.distributed.checkpoint's.
+        target: a folder, made if it is missing. An older export there is replaced; other files stay as they are. A name
+            that ends in `.safetensors` is one file; in `.pt`, `.pth`, `.bin` or `.ckpt` a state dict by `torch.save`.
+        only: which entries, by path ("model", "ema/params/*"). By default the `Model`s of the tree, or another tool's
+            state dicts. Parameters and buffers of one Model bear their own names; of several, the path before them
+            ("student.0.weight"). Where no Model is selected, tensors bear the path below what they have in common.
+        max_shard_size: bytes, for a folder. Where all tensors fit, there is one file, `model.safetensors`; otherwise
+            files of at most this size and `model.safetensors.index.json`. A larger tensor has a file of its own.
         storage_options: arguments of fsspec's file system for a URL.
 
     Returns:
@@ -95,22 +83,63 @@ def consolidate(
         (['model.safetensors'], ['bias', 'weight'])
     """
     place = local_path(target)
-    if place.exists() and not place.is_dir():
-        raise CheckpointError(f"{place} is a file; an export is a folder. Name a folder.")
-    with opened(path, options=storage_options) as source:
-        shards = sharded(chosen(source.manifest, only, str(source.path)), max_shard_size)
-        make_folders(place)
-        return export(source, place, shards)
+    one = {".safetensors": _safetensors, **dict.fromkeys(TORCH_FILES, _torch)}.get(place.suffix)
+    if one is None and place.exists() and not place.is_dir():
+        raise CheckpointError(
+            f"{place} is a file; an export is a folder, or a name that ends in .safetensors, {', '.join(TORCH_FILES)}."
+        )
+    if one is not None and place.is_dir():
+        raise CheckpointError(f"{place} is a folder, and its name is that of a file. Choose another name.")
+    with contextlib.ExitStack() as stack:
+        tensors = exportable(path, only, stack, storage_options)
+        if one is None:
+            shards = sharded(tensors, max_shard_size)
+            make_folders(place)
+            return export(place, shards)
+        make_folders(place.parent)
+        return _put_in_place(place, lambda work: one(work, tensors))
 
 
 def export_beside(folder: Path, manifest: Manifest) -> int:
     """Write the models of a checkpoint into its own folder, before it is committed; returns the bytes of the files."""
     with unfinished(folder, manifest) as source:
-        files = export(source, folder, sharded(chosen(manifest, None, "this tree"), SHARD_SIZE))
+        files = export(folder, sharded(chosen(source, None, "this tree"), SHARD_SIZE))
     return sum(file.stat().st_size for file in files)
 
 
-def export(source: Source, folder: Path, shards: Sequence[Sequence[Tensor]]) -> tuple[Path, ...]:
+def _put_in_place(place: Path, write: Callable[[Path], object]) -> tuple[Path, ...]:
+    """One file, whole or not there."""
+    work = place.with_name(f".export-{secrets.token_hex(16)}-{place.name}")
+    try:
+        write(work)
+        os.replace(work, place)
+        sync_folder(str(place.parent))
+    finally:
+        work.unlink(missing_ok=True)
+    return (place,)
+
+
+def _safetensors(work: Path, tensors: Sequence[Tensor]) -> None:
+    tensors = _aligned(tensors)
+    write_file(str(work), _header(tensors), map(_chunks, tensors))
+
+
+def _torch(work: Path, tensors: Sequence[Tensor]) -> None:
+    """A state dict; what is one array in the checkpoint is one here."""
+    first: dict[Any, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
+    for tensor in tensors:
+        same = tensor.name if tensor.stored.same is None else (tensor.stored.file, tensor.stored.same)
+        if same not in first:
+            first[same] = read(tensor.stored, None, tensor.path, torch.device("cpu"))
+        values[tensor.name] = first[same]
+    with work.open("xb") as file:
+        torch.save(values, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def export(folder: Path, shards: Sequence[Sequence[Tensor]]) -> tuple[Path, ...]:
     """Write tensors into a folder that stands, a file a shard, flushed; the index, or the only file, appears last."""
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -118,7 +147,7 @@ def export(source: Source, folder: Path, shards: Sequence[Sequence[Tensor]]) -> 
     made = [(folder / f".export-{mark}-{name}", name) for name in names]
     try:
         for (work, _), shard in zip(made, shards, strict=True):
-            write_file(str(work), _header(shard), (_chunks(source, tensor) for tensor in shard))
+            write_file(str(work), _header(shard), map(_chunks, shard))
         if len(shards) > 1:
             made.append((folder / f".export-{mark}-{INDEX}", INDEX))
             write_file(str(made[-1][0]), _index(names, shards), ())
@@ -145,89 +174,6 @@ def _replace(folder: Path, made: Sequence[tuple[Path, str]]) -> None:
     sync_folder(str(folder))
 
 
-def chosen(manifest: Manifest, only: Only, where: str) -> list[Tensor]:
-    """The tensors of an export and their names.
-
-    Raises:
-        CheckpointError: there are none, two have one name, or one cannot be written.
-    """
-    tree = prune(manifest.tree, only)
-    if tree is None:
-        raise nothing_selected(only, manifest.tree)
-    models = list(_models(tree, ()))
-    if not models and only is None:
-        raise CheckpointError(
-            f"{where} holds no Model; say which entries are meant: ff.consolidate(path, target, only='...'). The"
-            f" checkpoint has {', '.join(_heads(manifest.tree)) or 'a single leaf'}."
-        )
-    named: list[tuple[str, Keys, int]] = []
-    for keys, fields in models:
-        head = ".".join(map(str, keys)) + "." if len(models) > 1 and keys else ""
-        named += [
-            (head + str(place[1]), (*keys, *place), leaf) for place, leaf in _leaves(fields, ()) if place[0] in _OURS
-        ]
-    if not models:
-        named = _relative(list(_leaves(tree, ())))
-    found: dict[str, Tensor] = {}
-    problems: list[str] = []
-    for name, keys, number in named:
-        leaf = manifest.leaves[number]
-        if leaf.kind not in ARRAYS:
-            continue
-        if name in found:
-            problems.append(f"{path_text(keys)}: the name {name} is that of {found[name].path}, too")
-        if leaf.dtype not in DTYPES:
-            problems.append(f"{path_text(keys)}: not every safetensors reads the dtype {leaf.dtype}")
-        base = leaf if leaf.alias is None else manifest.leaves[leaf.alias]
-        found[name] = Tensor(name=name, leaf=base, path=path_text(keys))
-    if problems:
-        raise CheckpointError(
-            f"{where} cannot be written for other tools; leave out what is meant by only=:{listing(problems)}"
-        )
-    if not found:
-        raise CheckpointError(f"{where}: what is selected has no tensors.")
-    return list(found.values())
-
-
-_OURS = ("params", "buffers")
-
-
-def _models(node: Node | int | None, keys: Keys) -> Iterator[tuple[Keys, Node]]:
-    """(path, record) of the Models of a tree."""
-    if type(node) is not Node:
-        return
-    if node.kind == "record" and node.name == "Model":
-        yield keys, node
-        return
-    for key, child in _children(node):
-        yield from _models(child, (*keys, key))
-
-
-def _leaves(node: Node | int | None, keys: Keys) -> Iterator[tuple[Keys, int]]:
-    if type(node) is int:
-        yield keys, node
-    elif type(node) is Node:
-        for key, child in _children(node):
-            yield from _leaves(child, (*keys, key))
-
-
-def _children(node: Node) -> Iterator[tuple[str | int, Any]]:
-    return zip(node.keys or range(len(node.children)), node.children, strict=True)
-
-
-def _heads(node: Node | int) -> list[str]:
-    return [str(key) for key, _ in _children(node)][:8] if type(node) is Node else []
-
-
-def _relative(leaves: Sequence[tuple[Keys, int]]) -> list[tuple[str, Keys, int]]:
-    """Named by the path below what all have in common."""
-    heads = [keys[:-1] for keys, _ in leaves]
-    shared = 0
-    while heads and all(len(head) > shared and head[shared] == heads[0][shared] for head in heads):
-        shared += 1
-    return [(".".join(map(str, keys[shared:])) or "value", keys, leaf) for keys, leaf in leaves]
-
-
 def sharded(tensors: Sequence[Tensor], max_shard_size: int) -> list[list[Tensor]]:
     """The tensors in order, dealt out to files of at most this many bytes."""
     if max_shard_size < 1:
@@ -240,17 +186,21 @@ def sharded(tensors: Sequence[Tensor], max_shard_size: int) -> list[list[Tensor]
             size = 0
         shards[-1].append(tensor)
         size += tensor.size
-    # readers map the file: numbers of 8 bytes first, so that each tensor is aligned
-    return [sorted(shard, key=lambda tensor: -DTYPES[tensor.leaf.dtype][1]) for shard in shards]
+    return list(map(_aligned, shards))
+
+
+def _aligned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Readers map the file: numbers of 8 bytes first, so that each tensor is aligned."""
+    return sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype][1])
 
 
 def _header(tensors: Sequence[Tensor]) -> bytes:
     text: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
-        dtype = DTYPES[tensor.leaf.dtype][0]
+        dtype = DTYPES[tensor.dtype][0]
         text[tensor.name] = {
-            "dtype": dtype, "shape": list(tensor.leaf.shape), "data_offsets": [start, start + tensor.size],
+            "dtype": dtype, "shape": list(tensor.stored.shape), "data_offsets": [start, start + tensor.size],
         }  # fmt: skip
         start += tensor.size
     body = json.dumps(text, separators=(",", ":")).encode()
@@ -264,13 +214,24 @@ def _index(names: Sequence[str], shards: Sequence[Sequence[Tensor]]) -> bytes:
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=2) + "\n").encode()
 
 
-def _chunks(source: Source, tensor: Tensor) -> Iterator[memoryview]:
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in the order of its elements, a buffer at a time, checked."""
-    leaf, dtype = tensor.leaf, torch_dtype(tensor.leaf)
-    for box in boxes(whole(leaf.shape), max(1, BUFFER // dtype.itemsize)):
-        into = torch.empty(box.shape, dtype=dtype, device="cpu")
-        read_parts(source, leaf, into, [Part(box=box, at=whole(box.shape))], tensor.path)
-        yield bytes_of(into)
+    return map(bytes_of, blocks(tensor.stored, tensor.path, block_of(tensor.stored)))
+
+
+def block_of(*tensors: Stored) -> int:
+    """How many elements of each are read at once, when these tensors of one shape are read side by side."""
+    if any(tensor.at_once for tensor in tensors):
+        return max(1, math.prod(tensors[0].shape))
+    return max(1, BUFFER // max(tensor.dtype.itemsize for tensor in tensors))
+
+
+def blocks(stored: Stored, what: str, most: int) -> Iterator[torch.Tensor]:
+    """A tensor in slices of at most so many elements, in the order of its elements."""
+    for box in boxes(whole(stored.shape), most):
+        into = torch.empty(box.shape, dtype=stored.dtype, device="cpu")
+        stored.fill(into, [Part(box=box, at=whole(box.shape))], what)
+        yield into
 
 
 def boxes(box: Box, most: int) -> Iterator[Box]:

@@ -17,6 +17,11 @@ from fabricfn.checkpoint.storage.shelves import Shelf, in_order, shelf_at
 from fabricfn.errors import CheckpointError
 
 
+def plain_text(value: Any) -> str:
+    """A plain value as messages have it; Python writes no longer integers out."""
+    return hex(value) if type(value) is int and value.bit_length() > 4096 else repr(value)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One leaf of a checkpoint."""
@@ -35,9 +40,7 @@ class Entry:
 
     def __str__(self) -> str:
         if self.kind not in ARRAYS:
-            # Python writes no longer integers out
-            long = type(self.value) is int and self.value.bit_length() > 4096
-            return f"{self.path} = {hex(self.value) if long else repr(self.value)}"
+            return f"{self.path} = {plain_text(self.value)}"
         return f"{self.path}: {self.dtype}{list(self.shape)}"
 
 

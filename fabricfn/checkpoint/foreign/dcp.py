@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import torch
 
-from fabricfn.checkpoint.foreign.dcp_metadata import METADATA, Chunk, Item, items_of
+from fabricfn.checkpoint.foreign.dcp_metadata import Chunk, Item, items_of
+from fabricfn.checkpoint.foreign.kinds import METADATA
 from fabricfn.checkpoint.foreign.torch_files import blob, opened_torch
 from fabricfn.checkpoint.foreign.values import Later, Stored, read
 from fabricfn.checkpoint.format.boxes import common, within
@@ -116,6 +117,7 @@ def _value(folder: Path, item: Item, fds: dict[str, tuple[int, int]]) -> Stored 
 
     if item.dtype is None:
         return Later(read=lambda: unpickled(item.chunks[0]))
+    dtype: torch.dtype = getattr(torch, item.dtype)
 
     def fill(into: torch.Tensor, parts: Sequence[Part], what: str) -> None:
         for chunk in item.chunks:
@@ -124,7 +126,7 @@ def _value(folder: Path, item: Item, fds: dict[str, tuple[int, int]]) -> Stored 
             if not any(box for _, box in shared):
                 continue
             found: Any = unpickled(chunk)
-            if type(found) is not Stored or found.dtype != item.dtype or found.shape != chunk.box.shape:
+            if type(found) is not Stored or found.dtype != dtype or found.shape != chunk.box.shape:
                 raise CheckpointError(
                     f"{folder / chunk.file} holds something else for {what!r} than {METADATA} says: it is damaged or of"
                     " another save."
@@ -136,4 +138,4 @@ def _value(folder: Path, item: Item, fds: dict[str, tuple[int, int]]) -> Stored 
                     mine.copy_(narrowed(values, within(box, chunk.box)))
 
     file = folder / (item.chunks[0].file if item.chunks else METADATA)
-    return Stored(dtype=item.dtype, shape=item.shape, file=file, fill=fill)
+    return Stored(dtype=dtype, shape=item.shape, file=file, fill=fill, at_once=True)

@@ -1,4 +1,4 @@
-"""The `.metadata` of torch.distributed.checkpoint, a pickle: read without torch's classes, and without any other.
+"""The `.metadata` of torch.distributed.checkpoint, a pickle: read without torch, and without any class.
 
 The few names that it may hold are looked up in a table of inert stand-ins, made anew for every file; any other name is
 an error before anything is called. What comes out is checked like a stranger's file.
@@ -13,13 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import torch
-
-from fabricfn.checkpoint.foreign.values import Keys
+from fabricfn.checkpoint.foreign.kinds import METADATA, Keys
 from fabricfn.checkpoint.format.boxes import Box, flaw
+from fabricfn.checkpoint.format.manifest import DTYPES, RAW_DTYPES, array_bytes
 from fabricfn.errors import CheckpointError
 
-METADATA = ".metadata"
 LIMIT = 1 << 30
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.distcp")
 LARGE = 1 << 60
@@ -42,8 +40,8 @@ class Item:
 
     keys: Keys
     """Its place in the tree that was saved."""
-    dtype: torch.dtype | None
-    """None for a value that is no tensor."""
+    dtype: str | None
+    """As torch names it; None for a value that is no tensor."""
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
@@ -61,6 +59,12 @@ class Thing:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+class Dtype(str):
+    """Stands for a dtype of torch's, by its name."""
+
+    __slots__ = ()
 
 
 IN_METADATA = (
@@ -91,9 +95,8 @@ class _Unpickler(pickle.Unpickler):
         found = self.known.get((module_name, global_name))
         if found is not None:
             return found
-        dtype = getattr(torch, global_name, None) if module_name == "torch" else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
+        if module_name == "torch" and (global_name in DTYPES or global_name in RAW_DTYPES):
+            return Dtype(global_name)
         raise CheckpointError(
             f"{self.where} wants to unpickle {module_name}.{global_name}, and unpickling a class can run code. The"
             f" metadata of torch.distributed.checkpoint has only {', '.join(IN_METADATA[:5])} and what they are made"
@@ -183,7 +186,7 @@ def _item(fqn: str, entry: Any, keys: Keys, places: dict[Any, tuple[str, int, in
     properties, shape = fields["properties"], _numbers(fields["size"])
     state: Any = properties.state if isinstance(properties, Thing) else None
     dtype: Any = cast("tuple[Any, ...]", state)[0] if isinstance(state, tuple) else None
-    if not isinstance(dtype, torch.dtype) or len(shape) > 64:
+    if type(dtype) is not Dtype or len(shape) > 64:
         _invalid(f"{fqn!r:.80} has no dtype or no shape")
     chunks: list[Chunk] = []
     for chunk in fields["chunks"]:
@@ -194,13 +197,13 @@ def _item(fqn: str, entry: Any, keys: Keys, places: dict[Any, tuple[str, int, in
         ):
             _invalid(f"a piece of {fqn!r:.80} lies outside of it")
         file, offset, length = _place(fqn, box.offset, places)
-        if box.size * dtype.itemsize > length:
+        if array_bytes(dtype, box.shape) > length:
             _invalid(f"a piece of {fqn!r:.80} has {length:,} bytes, fewer than its elements")
         chunks.append(Chunk(box=box, file=file, offset=offset, length=length))
     fault = flaw([chunk.box for chunk in chunks if chunk.box is not None], shape) if math.prod(shape) else ""
     if fault:
         _invalid(f"{fqn!r:.80}: {fault}")
-    return Item(keys=keys, dtype=dtype, shape=shape, chunks=tuple(chunks))
+    return Item(keys=keys, dtype=str(dtype), shape=shape, chunks=tuple(chunks))
 
 
 def _place(fqn: str, offset: Any, places: dict[Any, tuple[str, int, int]]) -> tuple[str, int, int]:

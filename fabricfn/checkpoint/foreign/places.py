@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fabricfn.checkpoint.foreign.dcp import opened_dcp
-from fabricfn.checkpoint.foreign.dcp_metadata import METADATA
 from fabricfn.checkpoint.foreign.deepspeed import opened_deepspeed
 from fabricfn.checkpoint.foreign.deepspeed_files import tagged
-from fabricfn.checkpoint.foreign.hub_folders import INDEXES, SINGLES, inside, opened_file, opened_index
+from fabricfn.checkpoint.foreign.hub_folders import opened_file, opened_index
+from fabricfn.checkpoint.foreign.hub_indexes import inside
+from fabricfn.checkpoint.foreign.kinds import INDEXES, METADATA, SINGLES
 from fabricfn.checkpoint.format.manifest import MANIFEST
 from fabricfn.errors import CheckpointError
 

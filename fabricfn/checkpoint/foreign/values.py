@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import torch
 
+from fabricfn.checkpoint.foreign.kinds import Keys
 from fabricfn.checkpoint.trees.placements import Part, local_tensor, narrowed, parts_of, view_of
 from fabricfn.checkpoint.trees.reading import on_host
 from fabricfn.errors import CheckpointError
 from fabricfn.sharding import is_sharded, with_local
 
-Keys = tuple[str | int, ...]
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 DEPTH_LIMIT = 100
 
@@ -29,6 +29,8 @@ class Stored:
     """(tensor in host memory, its parts, the name for messages): fill these parts."""
     same: Hashable = None
     """Equal for tensors that are one array in the file; None when nobody knows."""
+    at_once: bool = False
+    """A part costs as much as all of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
