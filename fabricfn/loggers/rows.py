@@ -53,11 +53,11 @@ def csv_logger(
         The logger, for `init_runtime(loggers=...)`.
 
     Example:
-        >>> import tempfile, fabricfn as ff
+        >>> import pathlib, tempfile, fabricfn as ff
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with ff.runtime(devices=1, accelerator="cpu", loggers=ff.loggers.csv(folder, "digits")) as rt:
         ...         ff.log_dict(rt, {"loss": 0.5, "accuracy": 0.75}, step=1)
-        ...     print(open(folder + "/digits/version_0/metrics.csv").read(), end="")
+        ...     print(pathlib.Path(folder, "digits/version_0/metrics.csv").read_text(), end="")
         step,loss,accuracy
         1,0.5,0.75
     """
@@ -82,11 +82,11 @@ def jsonl_logger(
         The logger, for `init_runtime(loggers=...)`.
 
     Example:
-        >>> import tempfile, fabricfn as ff
+        >>> import json, pathlib, tempfile, fabricfn as ff
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with ff.runtime(devices=1, accelerator="cpu", loggers=ff.loggers.jsonl(folder, version="a")) as rt:
         ...         ff.log(rt, "loss", 0.5, step=1)
-        ...     sorted(json.loads(open(folder + "/a/metrics.jsonl").read()))
+        ...     sorted(json.loads(pathlib.Path(folder, "a/metrics.jsonl").read_text()))
         ['loss', 'step', 'time']
     """
     rows = Rows(run=run_folder(folder, name, version), file_name="metrics.jsonl", prefix=prefix)

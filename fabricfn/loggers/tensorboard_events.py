@@ -45,8 +45,10 @@ def tensorboard_logger(
         ConfigurationError: the package tensorboard is missing.
 
     Example:
-        >>> import fabricfn as ff
-        >>> logger = ff.loggers.tensorboard("logs", "digits")  # doctest: +SKIP
+        >>> import tempfile, fabricfn as ff
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with ff.runtime(devices=1, accelerator="cpu", loggers=ff.loggers.tensorboard(folder)) as rt:
+        ...         ff.log(rt, "loss", 0.5, step=1)
     """
     _summary_writer()
     events = Events(run=run_folder(folder, name, version), prefix=prefix, options={"flush_secs": 5, **options})
