@@ -85,19 +85,22 @@ def _node(rank: int, size: int, local_rank: int, local_size: int) -> int:
     return rank % nodes if round_the_machines else rank // local_size
 
 
-def meet(topology: Topology) -> Topology:
-    """The topology with the address and the port of rank 0, as mpi4py tells them. Every process of the job calls it.
+def meet(topology: Topology) -> tuple[Topology, socket.socket | None]:
+    """The address and the port of rank 0, as mpi4py tells them. Every process of the job calls it.
 
-    Without mpi4py the port is left to the default; the address must be known.
+    Without mpi4py the address must be known; the port is the default, on one machine a guess from the job's name.
+
+    Returns:
+        The topology with both; and on rank 0, where the kernel chose the port, the socket that listens there.
 
     Raises:
         ConfigurationError: the address is missing and mpi4py is not installed, or it belongs to another MPI.
     """
     if None not in (topology.main_address, topology.main_port):
-        return topology
-    world = _world()
+        return topology, None
+    world = _world(needed=topology.main_address is None)
     if world is None and topology.main_address is not None:
-        return topology
+        return topology, None
     if world is None:
         raise ConfigurationError(
             f"mpirun started {topology.world_size} processes on {topology.num_nodes} machines, and no variable says"
@@ -111,23 +114,24 @@ def meet(topology: Topology) -> Topology:
             " MASTER_PORT."
         )
     found: Any = None
+    listener = None
     if topology.rank == 0:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            found = socket.gethostname(), free.getsockname()[1]
+        if topology.main_port is None:
+            listener = socket.create_server(("127.0.0.1" if topology.num_nodes == 1 else "", 0))
+        found = socket.gethostname(), topology.main_port if listener is None else listener.getsockname()[1]
     host, port = world.bcast(found, root=0)
-    return dataclasses.replace(
-        topology, main_address=topology.main_address or host, main_port=topology.main_port or port
-    )
+    return dataclasses.replace(topology, main_address=topology.main_address or host, main_port=port), listener
 
 
-def _world() -> Any:
-    """mpi4py's communicator of all processes; None where it is not installed."""
+def _world(needed: bool) -> Any:
+    """mpi4py's communicator of all processes; None where it is not installed, or cannot be loaded and is not needed."""
     try:
         # an extra that need not be here, nor where types are checked
         from mpi4py import MPI  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
     except ImportError:
         return None
     except RuntimeError as error:  # it is there, and the library that it needs is not
+        if not needed:
+            return None
         raise ConfigurationError(f"mpi4py cannot be loaded: {error}. Set MASTER_ADDR and MASTER_PORT.") from error
     return MPI.COMM_WORLD  # pyright: ignore[reportUnknownVariableType]

@@ -66,10 +66,12 @@ def open_store(topology: Topology, limit: timedelta, *, lasting: bool) -> Store:
             store = _STORES[topology.folder] = file or _noted_store(Path(topology.folder), topology, limit)
         store.set_timeout(limit)
         return store
-    if topology.name == "mpi":
-        topology = mpi.meet(topology)
+    told = topology.main_port
+    topology, listener = mpi.meet(topology) if topology.name == "mpi" else (topology, None)
     hosted_by_agent = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
     port = topology.main_port or DEFAULT_PORT
+    if topology.main_address is not None and topology.main_port != told:  # the kernel chose it, and rank 0 holds it
+        return _store(listener, port, topology, limit, topology.main_address)
     if topology.num_nodes == 1 and not hosted_by_agent:
         return _loopback_store(topology, port, limit)
     if topology.main_address is None:
@@ -171,10 +173,12 @@ def _listener(port: int) -> socket.socket:
     return listener
 
 
-def _store(listener: socket.socket | None, port: int, topology: Topology, limit: timedelta) -> Store:
+def _store(
+    listener: socket.socket | None, port: int, topology: Topology, limit: timedelta, host: str = LOOPBACK
+) -> Store:
     """The store behind that socket on rank 0; elsewhere the connection to it."""
     return TCPStore(
-        LOOPBACK,
+        host,
         port,
         topology.world_size,
         listener is not None,
