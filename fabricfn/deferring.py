@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fabricfn.default_dtypes import default_dtype
 from fabricfn.engine import named_modules
 from fabricfn.errors import ModelError
 from fabricfn.random import device_generator
@@ -113,12 +114,8 @@ class Tape:
         before = None if op.generator is None else op.generator.get_state()
         if op.generator is not None and op.state is not None:
             op.generator.set_state(op.state)
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(op.default_dtype)
-        try:
+        with default_dtype(op.default_dtype):
             found = run(op.fn, op.leaves, op.spec, memory, self.device)
-        finally:
-            torch.set_default_dtype(default)
         if op.generator is not None and before is not None:
             op.generator.set_state(before)
         for place, tensor in zip(op.results, tree_leaves(found), strict=True):

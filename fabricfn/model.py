@@ -1,7 +1,7 @@
 """Models: from a module to values, computing with values, and back to a module."""
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from fabricfn.binding import (
     unbound,
 )
 from fabricfn.building import Compile, buffers_of, build, plain_net
+from fabricfn.default_dtypes import default_dtype
 from fabricfn.deferring import made
 from fabricfn.engine import Frame
 from fabricfn.errors import CapabilityError
@@ -84,7 +85,7 @@ def setup_model(
         if rt.strategy.shard is None or rt.world.whole.group is None or rt.precision.convert is not None:
             module_or_factory = init_module(rt, factory)
         else:
-            with default_dtype(rt):
+            with default_dtype(_made_in(rt)):
                 module_or_factory, tape = made(factory, rt.device)
     engine, values = build(
         rt,
@@ -125,19 +126,13 @@ def init_module(rt: Runtime, factory: Callable[[], nn.Module]) -> nn.Module:
         >>> ff.init_module(rt, functools.partial(torch.nn.Linear, 2, 1)).weight.dtype
         torch.float64
     """
-    with default_dtype(rt), rt.device:
+    with default_dtype(_made_in(rt)), rt.device:
         return factory()
 
 
-@contextlib.contextmanager
-def default_dtype(rt: Runtime) -> Generator[None]:
-    """New floating tensors have the dtype of the runtime's parameters."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(before if rt.precision.autocast else rt.precision.param_dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _made_in(rt: Runtime) -> torch.dtype | None:
+    """The dtype in which a factory makes parameters; None leaves it to torch's default."""
+    return None if rt.precision.autocast else rt.precision.param_dtype
 
 
 @collective("apply", sharded=True)

@@ -229,9 +229,18 @@ def test_a_second_save_waits_for_the_first(tmp_path, gate, blocking):
 
 
 def test_ctrl_c_ends_the_waiting_and_not_the_save(tmp_path, gate):
+    caught = threading.Event()
+
+    def handle(number, frame):
+        caught.set()
+        raise KeyboardInterrupt
+
+    usual = signal.signal(signal.SIGINT, handle)
+
     def interrupt(done, total):
         gate.reached.wait(60)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        while not caught.wait(0.2):  # Python overlooks a signal that comes right before it begins to wait for a lock
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         gate(done, total)
 
     saving = ff.save(RT, tmp_path / "c", {"w": torch.ones(5)}, blocking=False, progress=interrupt)
@@ -240,8 +249,11 @@ def test_ctrl_c_ends_the_waiting_and_not_the_save(tmp_path, gate):
         gate.reached.set()
         saving.wait()
 
-    with pytest.raises(KeyboardInterrupt):
-        wait()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert not saving.done()
     gate.open.set()
     saving.wait()

@@ -19,6 +19,7 @@ FLOORS = (
         "random",
         "interrupts",
         "precision",
+        "default_dtypes",
         "accelerators",
         "environments",
         "failures",

@@ -1,6 +1,7 @@
 """Precision: names, what is cast where, and what is left alone."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn import testing
+from fabricfn.default_dtypes import default_dtype
 from fabricfn.testing import cases
 
 
@@ -254,3 +256,28 @@ def test_a_hook_and_a_dtype_for_the_same_thing_are_refused(worlds):
     strategy = ff.strategies.ddp(comm_hook=print)
     with pytest.raises(ff.ConfigurationError, match=r"comm_hook=.*reduce_dtype=torch\.float16"):
         worlds["threads"].run(means, strategy=strategy, precision=ff.Precision(reduce_dtype=torch.float16))
+
+
+def test_the_default_dtype_outlives_threads_that_change_it_at_a_time():
+    both = threading.Barrier(2)
+
+    def first():
+        with default_dtype(torch.float64):
+            both.wait()  # the second one is about to enter
+            both.wait()  # it is inside
+
+    def second():
+        both.wait()
+        with default_dtype(torch.float64):
+            both.wait()
+            one.join()  # the first one has left
+            with default_dtype(torch.float16):
+                assert torch.get_default_dtype() is torch.float16
+            assert torch.get_default_dtype() is torch.float64
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    for thread in (one, other):
+        thread.start()
+    for thread in (one, other):
+        thread.join()
+    assert torch.get_default_dtype() is torch.float32
