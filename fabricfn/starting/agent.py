@@ -32,7 +32,7 @@ from fabricfn.world import threads_each
 
 GRACE = 5
 """Seconds that workers have to end after a signal, before they are killed."""
-STOPPING = 1.0
+STOPPING = 3.0
 """Seconds that they have once a rank has failed: for a save in flight that does not need it."""
 PATIENCE = 3.5
 """Seconds to wait, after a rank lost the connection to another one, for that one to end and say why."""
