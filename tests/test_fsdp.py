@@ -59,7 +59,7 @@ NETS = tuple(built(seed) for seed in range(4))  # not in the ranks: threads shar
 
 
 def made(seed=0):
-    return NETS[seed]
+    return copy.deepcopy(NETS[seed])  # `.float()` changes a module in place, and the threads of a world share these
 
 
 def data(rows=12):
