@@ -93,12 +93,14 @@ def saves_while_training(rt, folder, build, gates):
     gate = gates[rt.rank]
     saving = ff.save(rt, folder / "beside", tree, blocking=False, progress=gate)
     del tree
-    train(rt, problem, (model, opt), 2)
-    notes.append("b")
-    counts += 1
-    assert not (folder / "beside").exists()
-    for each in gates:
-        each.open.set()
+    try:
+        train(rt, problem, (model, opt), 2)
+        notes.append("b")
+        counts += 1
+        assert not (folder / "beside").exists()
+    finally:  # a rank that fails waits for its save
+        for each in gates:
+            each.open.set()
     receipt = saving.wait()
     assert saving.done()
     assert saving.wait() is receipt

@@ -17,6 +17,7 @@ import fabricfn as ff
 from fabricfn.environments import Topology, find
 from fabricfn.errors import ConfigurationError, LaunchError
 from fabricfn.failures import first_cause, record
+from fabricfn.starting.agent import _Agent
 from fabricfn.starting.launching import start_method
 from fabricfn.starting.request import Request, choice_of
 from fabricfn.starting.scripts import command
@@ -301,6 +302,19 @@ def test_a_rank_that_ends_without_an_exception_is_named_and_nothing_is_left(end,
     pids = [int(word) for file in tmp_path.iterdir() for word in file.read_text().split()]
     assert len(pids) == 4
     assert wait_for(lambda: not any(map(is_running, pids)), 5)
+
+
+def test_the_first_one_to_die_is_named_where_torch_sees_it_before_we_do(monkeypatch):
+    monkeypatch.setattr(_Agent, "_has_failed", lambda agent: False)
+
+    def fn(rt):
+        meet(rt)
+        if rt.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        meet(rt)
+
+    with pytest.raises(LaunchError, match=r"rank 1 was killed by signal 15 \(SIGTERM\)"):
+        ff.launch(fn, **TWO)
 
 
 def test_ctrl_c_ends_the_ranks():

@@ -100,8 +100,9 @@ class _Agent(LocalElasticAgent):
         if failed is not False:
             return RunResult(state=WorkerState.FAILED if failed else WorkerState.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore
-        if result.state is WorkerState.FAILED:  # since we looked
-            self._settle(self.seen or {})
+        if result.state is WorkerState.FAILED:  # since we looked; torch may have told the others to end before we could
+            ranks, seen = self.ranks(), self.seen or {}
+            self._settle({local: status for local, status in seen.items() if ranks[local] in result.failures})
         return result  # pyright: ignore[reportUnknownVariableType]
 
     def _has_failed(self) -> bool | None:
