@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fabricfn as ff
 from fabricfn import flat
-from fabricfn.testing import processes, threads
+from tests.worlds import world_of
 
 DISTRIBUTED = {
     "functional": ff.strategies.functional(),
@@ -34,16 +34,8 @@ def few(examples):
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def real():
-    with processes(4) as world:
-        yield world
+ranks = world_of("threads", 4)
+real = world_of("processes", 4)
 
 
 def seeded(seed):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.testing import cases
+from tests.worlds import world_of
 
 # A further strategy is a further row: everything below is held by it.
 STRATEGIES = {
@@ -38,16 +39,8 @@ def few(examples):
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def processes():
-    with testing.processes(2) as world:
-        yield world
+ranks = world_of("threads", 4)
+processes = world_of("processes", 2)
 
 
 def problem(kind, width=5, depth=2, rows=23):

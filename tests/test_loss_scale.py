@@ -18,6 +18,7 @@ from fabricfn.sharding import whole
 from fabricfn.testing import cases
 from fabricfn.testing.comparing import snapshot
 from fabricfn.tree import tree_leaves
+from tests.worlds import world_of
 
 MIXED = ff.Precision.parse("16-mixed")
 INF, NAN = float("inf"), float("nan")
@@ -571,10 +572,7 @@ def test_a_checkpoint_fits_models_of_every_precision(tmp_path, donate):
 # Over ranks
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.threads(4) as world:
-        yield world
+ranks = world_of("threads", 4)
 
 
 def problem(rows=23):
@@ -674,10 +672,7 @@ def test_ranks_that_hold_parts_agree():
         assert_same(params, found[0][1])
 
 
-@pytest.fixture(scope="module")
-def processes():
-    with testing.processes(2) as world:
-        yield world
+processes = world_of("processes", 2)
 
 
 def test_the_laws_in_float16_in_processes(processes):
