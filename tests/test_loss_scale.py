@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -18,16 +18,12 @@ from fabricfn.sharding import whole
 from fabricfn.testing import cases
 from fabricfn.testing.comparing import snapshot
 from fabricfn.tree import tree_leaves
-from tests.worlds import world_of
+from tests.worlds import few, world_of
 
 MIXED = ff.Precision.parse("16-mixed")
 INF, NAN = float("inf"), float("nan")
 PLAIN = ff.Precision()
 DONATE = pytest.mark.parametrize("donate", [False, True])
-
-
-def few(examples):
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
 
 
 def runtime(loss_scale=MIXED.loss_scale, **fields):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -16,7 +16,7 @@ from fabricfn import testing
 from fabricfn.sharding import is_sharded, local_of, sharded_as
 from fabricfn.strategies.tensor_plans import assigned
 from fabricfn.testing import cases
-from tests.worlds import world_of
+from tests.worlds import few, world_of
 
 VOCAB, WIDTH, TIME = 12, 8, 4
 
@@ -114,10 +114,6 @@ ROWS = {
         fsdp={"cpu_offload": True, "prefetch": 1, "ignored_params": ("embed.weight", "*.down.*", "*.up.bias")}
     ),
 }
-
-
-def few(examples):
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
 
 
 ranks = world_of("threads", 4)

@@ -1,6 +1,7 @@
-"""The ranks of a test file."""
+"""What the tests of laws share: the ranks of a file, and how many examples hypothesis draws."""
 
 import pytest
+from hypothesis import settings
 
 from fabricfn import testing
 
@@ -14,3 +15,8 @@ def world_of(kind, size):
             yield ranks
 
     return ranks
+
+
+def few(examples):
+    """The same examples in every run: each may be a whole training on several ranks."""
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
