@@ -14,6 +14,8 @@ import nox
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "floors", "doctests", "tests"]
 
+EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+
 # Ranks are processes: one thread each, or they take the cores from one another.
 ENV = {"OMP_NUM_THREADS": "1"}
 
@@ -21,6 +23,13 @@ ENV = {"OMP_NUM_THREADS": "1"}
 def python(session: nox.Session, *arguments: str) -> None:
     """Run this environment's Python."""
     session.run(sys.executable, *arguments, env=ENV)
+
+
+def beside(session: nox.Session, *packages: str) -> None:
+    """Install into an environment of the session's own, over this one: what they bring along changes nothing here."""
+    (site,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    (site / "this-environment.pth").write_text(sysconfig.get_path("purelib"))
+    session.install("-c", "constraints.txt", *packages)
 
 
 @nox.session
@@ -78,11 +87,16 @@ def xla(session: nox.Session) -> None:
 
 @nox.session(venv_backend="venv")
 def ray(session: nox.Session) -> None:
-    """Ray Train starts the ranks, from an environment of its own over this one's torch. Not part of the round."""
-    (packages,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
-    (packages / "this-environment.pth").write_text(sysconfig.get_path("purelib"))
-    session.install("-c", "constraints.txt", "ray[train]")
+    """Ray Train starts the ranks. Not part of the round."""
+    beside(session, "ray[train]")
     session.run("python", "-m", "pytest", "tests/test_ray.py", *session.posargs, env=ENV)
+
+
+@nox.session(venv_backend="venv")
+def trackers(session: nox.Session) -> None:
+    """Weights & Biases, MLflow and Trackio, offline; a minute. Not part of the round."""
+    beside(session, *EXTRAS["wandb"], *EXTRAS["mlflow"], *EXTRAS["trackio"])
+    session.run("python", "-m", "pytest", "tests/test_trackers.py", *session.posargs, env=ENV)
 
 
 @nox.session
