@@ -103,10 +103,20 @@ class _Agent(_TorchAgent):
         if failed is not False:
             return RunResult(state=WorkerState.FAILED if failed else WorkerState.HEALTHY)
         result = cast("RunResult", super()._monitor_workers(worker_group))
-        if result.state is WorkerState.FAILED:  # since we looked; torch may have told the others to end before we could
-            ranks, seen = self.ranks(), self.seen or {}
-            self._settle({local: status for local, status in seen.items() if ranks[local] in result.failures})
+        if result.state is WorkerState.FAILED:  # since we looked
+            self._settle(self._untold(result.failures))
         return result
+
+    def _untold(self, failures: Mapping[int, Any]) -> dict[int, int]:
+        """Who ended by themselves, where torch saw a failure before we did and told all others to end by SIGTERM."""
+        ranks, seen = self.ranks(), self.seen or {}
+        lost = {failure.rank for failure in failures_in(self.attempt()) if failure.consequence}
+        alone = lost.issuperset(failures)  # then what they lost had ended before
+        return {
+            local: status
+            for local, status in seen.items()
+            if alone or ranks[local] in failures or status != -signal.SIGTERM
+        }
 
     def _has_failed(self) -> bool | None:
         """Whether a rank failed: then the first one is known, and no worker is left. None: it is too early to say."""
