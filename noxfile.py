@@ -107,7 +107,7 @@ def reliability(session: nox.Session) -> None:
 
 @nox.session
 def plots(session: nox.Session) -> None:
-    """Draw docs/resume.svg (the digits, six times: a minute on two cores) and docs/ratios.svg. Not part of the round."""
+    """Draw docs/resume.svg (the digits, six times: a minute on two cores), docs/ratios.svg. Not part of the round."""
     python(session, "docs/plots/resume.py")
     python(session, "docs/plots/ratios.py")
 

@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import fabricfn as ff
@@ -10,6 +11,8 @@ import fabricfn as ff
 # Whoever starts the tests in the background of a script lets SIGINT be ignored, which Python and its children inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+torch.set_num_threads(1)  # tests fork, and a child of a process that has OpenMP's threads waits for them for ever
 
 
 @pytest.fixture(scope="module")
