@@ -5,6 +5,7 @@ a second copy of it per session would cost minutes and gigabytes without testing
 """
 
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -76,12 +77,17 @@ def xla(session: nox.Session) -> None:
         session.run(*command, env={**ENV, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": devices}, external=bool(ready))
 
 
+def install_over_this_environment(session: nox.Session, *packages: str) -> None:
+    """Install into the session's own environment what is not in this one, whose packages it sees."""
+    (folder,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    (folder / "this-environment.pth").write_text(sysconfig.get_path("purelib"))
+    session.install("-c", "constraints.txt", *packages)
+
+
 @nox.session(venv_backend="venv")
 def ray(session: nox.Session) -> None:
     """Ray Train starts the ranks, from an environment of its own over this one's torch. Not part of the round."""
-    (packages,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
-    (packages / "this-environment.pth").write_text(sysconfig.get_path("purelib"))
-    session.install("-c", "constraints.txt", "ray[train]")
+    install_over_this_environment(session, "ray[train]")
     session.run("python", "-m", "pytest", "tests/test_ray.py", *session.posargs, env=ENV)
 
 
@@ -102,3 +108,36 @@ def benchmarks(session: nox.Session) -> None:
     """Measure, and write docs/benchmarks.md; about five minutes on two idle cores. Not part of the round."""
     python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[bench]")
     python(session, "-m", "tests.benchmarks", *session.posargs)
+
+
+@nox.session(venv_backend="venv")
+def docs(session: nox.Session) -> None:
+    """The site, in docs/_build/html; a warning is an error. Not part of the round."""
+    install_over_this_environment(session, "-e", ".[docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-E", "docs", "docs/_build/html", env=ENV)
+
+
+@nox.session(venv_backend="venv")
+def changelog(session: nox.Session) -> None:
+    """What changes/ makes of the next version's section; `-- build --version 0.2.0` writes it. Not part of the round."""
+    install_over_this_environment(session, "-e", ".", "towncrier>=24.8")
+    session.run("towncrier", *(session.posargs or ("build", "--draft")))
+
+
+@nox.session(venv_backend="venv")
+def build(session: nox.Session) -> None:
+    """Wheel and sdist into dist/, each installed from nothing and tried. Not part of the round.
+
+    From nothing: torch too, which pip takes as `constraints.txt` says.
+    """
+    session.install("build>=1.2")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist")
+    session.run("python", "-m", "pip", "uninstall", "-q", "-y", "build", "pyproject_hooks", "packaging")
+    trial = Path("tests/programs/installed.py").resolve()
+    for kind, options in (("*.whl", ()), ("*.tar.gz", ("--force-reinstall", "--no-deps"))):
+        (package,) = Path("dist").glob(kind)
+        session.install("-c", "constraints.txt", *options, str(package))
+        with session.chdir(session.create_tmp()):
+            session.run("python", "-I", "-W", "error", str(trial), env=ENV)
+            session.run("fabricfn", "--help", silent=True)
