@@ -15,6 +15,8 @@ import nox
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "floors", "doctests", "tests"]
 
+EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+
 # Ranks are processes: one thread each, or they take the cores from one another.
 ENV = {"OMP_NUM_THREADS": "1"}
 
@@ -22,6 +24,13 @@ ENV = {"OMP_NUM_THREADS": "1"}
 def python(session: nox.Session, *arguments: str) -> None:
     """Run this environment's Python."""
     session.run(sys.executable, *arguments, env=ENV)
+
+
+def beside(session: nox.Session, *packages: str) -> None:
+    """Install into an environment of the session's own, over this one: what they bring along changes nothing here."""
+    (site,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    (site / "this-environment.pth").write_text(sysconfig.get_path("purelib"))
+    session.install("-c", "constraints.txt", *packages)
 
 
 @nox.session
@@ -77,18 +86,18 @@ def xla(session: nox.Session) -> None:
         session.run(*command, env={**ENV, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": devices}, external=bool(ready))
 
 
-def install_over_this_environment(session: nox.Session, *packages: str) -> None:
-    """Install into the session's own environment what is not in this one, whose packages it sees."""
-    (folder,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
-    (folder / "this-environment.pth").write_text(sysconfig.get_path("purelib"))
-    session.install("-c", "constraints.txt", *packages)
+@nox.session(venv_backend="venv")
+def ray(session: nox.Session) -> None:
+    """Ray Train starts the ranks. Not part of the round."""
+    beside(session, "ray[train]")
+    session.run("python", "-m", "pytest", "tests/test_ray.py", *session.posargs, env=ENV)
 
 
 @nox.session(venv_backend="venv")
-def ray(session: nox.Session) -> None:
-    """Ray Train starts the ranks, from an environment of its own over this one's torch. Not part of the round."""
-    install_over_this_environment(session, "ray[train]")
-    session.run("python", "-m", "pytest", "tests/test_ray.py", *session.posargs, env=ENV)
+def trackers(session: nox.Session) -> None:
+    """Weights & Biases, MLflow and Trackio, offline; a minute. Not part of the round."""
+    beside(session, *EXTRAS["wandb"], *EXTRAS["mlflow"], *EXTRAS["trackio"])
+    session.run("python", "-m", "pytest", "tests/test_trackers.py", *session.posargs, env=ENV)
 
 
 @nox.session
@@ -113,14 +122,14 @@ def benchmarks(session: nox.Session) -> None:
 @nox.session(venv_backend="venv")
 def docs(session: nox.Session) -> None:
     """The site, in docs/_build/html; a warning is an error. Not part of the round."""
-    install_over_this_environment(session, "-e", ".[docs]")
+    beside(session, "-e", ".[docs]")
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-E", "docs", "docs/_build/html", env=ENV)
 
 
 @nox.session(venv_backend="venv")
 def changelog(session: nox.Session) -> None:
     """What changes/ makes of the next version's section; `-- build --version 0.2.0` writes it. Not part of the round."""
-    install_over_this_environment(session, "-e", ".", "towncrier>=24.8")
+    beside(session, "-e", ".", "towncrier>=24.8")
     session.run("towncrier", *(session.posargs or ("build", "--draft")))
 
 

@@ -90,7 +90,7 @@ def _pickled(error: BaseException) -> bytes | None:
     try:
         data = pickle.dumps(error)
         same = pickle.loads(data)
-    except Exception:
+    except Exception:  # whatever a __reduce__ or an __init__ raises
         return None
     return data if type(same) is type(error) and str(same) == str(error) else None
 
@@ -102,7 +102,7 @@ def exception_of(failure: Failure) -> Exception:
     """
     try:
         error = None if failure.pickled is None else pickle.loads(failure.pickled)
-    except Exception:
+    except Exception:  # its module may do something else in this process
         error = None
     if error is None:
         error = LaunchError(f"rank {failure.rank} {failure.summary}")

@@ -178,7 +178,7 @@ def _pickled(result: Any) -> bytes:
         raise LaunchError(f"run_once: {problem}.")
     try:
         return pickle.dumps(result)
-    except Exception as error:
+    except Exception as error:  # whatever a __reduce__ raises
         raise LaunchError(
             f"run_once: what rank 0 returned ({type(result).__name__}) cannot be pickled for the other ranks: {error}."
             " Return plain data and tensors."

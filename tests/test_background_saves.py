@@ -24,22 +24,15 @@ from fabricfn.checkpoint.agreement import HEAD, together
 from fabricfn.checkpoint.format import manifest
 from fabricfn.checkpoint.snapshots import snapshot
 from fabricfn.errors import CheckpointError, MismatchError
-from fabricfn.testing import cases, processes, threads
+from fabricfn.testing import cases
 from tests.checkpoints import bits
+from tests.worlds import world_of
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with threads(2) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def pair():
-    with processes(2) as world:
-        yield world
+ranks = world_of("threads", 2)
+pair = world_of("processes", 2)
 
 
 @pytest.fixture(autouse=True)

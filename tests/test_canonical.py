@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fabricfn as ff
 from fabricfn import flat
-from fabricfn.testing import processes, threads
+from tests.worlds import few, world_of
 
 DISTRIBUTED = {
     "functional": ff.strategies.functional(),
@@ -29,21 +29,8 @@ LARGE = flat.buckets.LARGE // 4 + 1001
 """More float32 numbers than travel to every rank."""
 
 
-def few(examples):
-    """The same examples in every run."""
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def real():
-    with processes(4) as world:
-        yield world
+ranks = world_of("threads", 4)
+real = world_of("processes", 4)
 
 
 def seeded(seed):

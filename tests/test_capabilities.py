@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from fabricfn import testing
 from fabricfn.accelerators import AUTO_ORDER
 from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.precision import NAMES as PRECISIONS, PACKAGED, check_name
 from fabricfn.strategies import ACCELERATORS, EXTRAS, NAMES, NEED_MORE, PRESETS, model_parallel, pipeline
+from tests.worlds import world_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "strategies.md"
 BEGIN, END = "<!-- made by tests/test_capabilities.py -->", "<!-- end -->"
@@ -155,10 +155,7 @@ def jobs(rt):
     return [*done, whole]
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.threads(2) as world:
-        yield world
+ranks = world_of("threads", 2)
 
 
 def size(strategy):

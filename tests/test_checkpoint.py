@@ -27,16 +27,14 @@ from fabricfn.checkpoint.format import manifest, validation, writing
 from fabricfn.checkpoint.format.boxes import whole
 from fabricfn.checkpoint.storage import commit
 from fabricfn.errors import CheckpointError, DonatedError, MismatchError
-from fabricfn.testing import processes, threads
+from fabricfn.testing import threads
 from tests.checkpoints import bits, loss_fn, trained
+from tests.worlds import world_of
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with processes(3) as world:
-        yield world
+ranks = world_of("processes", 3)
 
 
 def ones(tree):

@@ -12,16 +12,13 @@ import torch
 import fabricfn as ff
 from fabricfn import errands
 from fabricfn.errors import CheckpointError, MismatchError
-from fabricfn.testing import threads
+from tests.worlds import world_of
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 SPLIT = "\ud83d\ude00"
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with threads(2) as world:
-        yield world
+ranks = world_of("threads", 2)
 
 
 UNREADABLE = [

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.nn import functional as F
 
-from fabricfn import flat, testing
+from fabricfn import flat
 from fabricfn.collectives import (
     all_gather,
     all_gather_object,
@@ -39,6 +39,7 @@ from fabricfn.precision import Precision
 from fabricfn.runtimes import Runtime
 from fabricfn.strategies import resolve
 from fabricfn.world import World
+from tests.worlds import world_of
 
 # --- worlds ---------------------------------------------------------------------------------------------------------
 
@@ -82,10 +83,7 @@ def fork(world_size, fn, *args):
     return [result for _, result in outcomes]
 
 
-@pytest.fixture(scope="module")
-def threads():
-    with testing.threads(3) as world:
-        yield world
+threads = world_of("threads", 3)
 
 
 def message_of(error_type, fn, *args, **kwargs):

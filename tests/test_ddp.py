@@ -12,16 +12,13 @@ from torch.nn import functional as F
 import fabricfn as ff
 from fabricfn import sharding
 from fabricfn.strategies import ddp
-from fabricfn.testing import processes
+from tests.worlds import world_of
 
 DISTRIBUTED = {name: make for name, make in ff.strategies.NAMES.items() if make().max_ranks is None}
 DISTRIBUTED["find_unused"] = lambda: ddp(find_unused_parameters=True)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with processes(3) as world:
-        yield world
+ranks = world_of("processes", 3)
 
 
 def seeded(seed):

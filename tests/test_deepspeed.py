@@ -17,6 +17,7 @@ from fabricfn import testing
 from fabricfn.errors import CapabilityError, ConfigurationError, GradientError, ModelError
 from fabricfn.sharding import is_sharded, local_of, whole
 from fabricfn.testing import cases
+from tests.worlds import world_of
 
 pytest.importorskip("deepspeed", reason='the extra "test" has it')
 
@@ -32,10 +33,7 @@ ROWS = {
 EVERY = pytest.mark.parametrize("options", ROWS.values(), ids=ROWS)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.processes(2) as world:
-        yield world
+ranks = world_of("processes", 2)
 
 
 class Net(nn.Module):

@@ -13,6 +13,7 @@ from torch import nn
 import fabricfn as ff
 from fabricfn import deferring, sharding, testing
 from fabricfn.strategies import fsdp
+from tests.worlds import world_of
 
 CPU = torch.device("cpu")
 
@@ -116,10 +117,7 @@ def from_factory(rt, deferred):
     return state(net), after, cut, {name: value is None for name, value in grads.params.items()}
 
 
-@pytest.fixture(scope="module")
-def processes():
-    with testing.processes(2) as world:
-        yield world
+processes = world_of("processes", 2)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fabricfn as ff
-from fabricfn import testing
+from tests.worlds import world_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::fabricfn.errors.UnevenBatchesWarning")
 NUM, BATCH_SIZE = 359, 32  # a prime number of scans, as many as examples/digits.py holds out
@@ -19,10 +19,7 @@ WORLDS = (1, 2, 3, 4)
 PRECISIONS = ("32-true", "64-true")
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.processes(4) as world:
-        yield world
+ranks = world_of("processes", 4)
 
 
 def make_net(seed=0):

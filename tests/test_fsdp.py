@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 import fabricfn as ff
-from fabricfn import testing
 from fabricfn.sharding import full, local_of
+from tests.worlds import world_of
 
 DOUBLE = ff.Precision.parse("64-true")
 
@@ -98,16 +98,8 @@ def close(found, expected, tolerance=1e-12):
             )
 
 
-@pytest.fixture(scope="module")
-def threads():
-    with testing.threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def processes():
-    with testing.processes(2) as world:
-        yield world
+threads = world_of("threads", 4)
+processes = world_of("processes", 2)
 
 
 @pytest.fixture(scope="module", params=["threads", "processes"])

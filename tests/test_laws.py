@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.testing import cases
+from tests.worlds import few, world_of
 
 # A further strategy is a further row: everything below is held by it.
 STRATEGIES = {
@@ -33,21 +34,8 @@ STRATEGIES = {
 ROWS = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 
 
-def few(examples):
-    """The same examples in every run; each is a whole training on several ranks."""
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def processes():
-    with testing.processes(2) as world:
-        yield world
+ranks = world_of("threads", 4)
+processes = world_of("processes", 2)
 
 
 def problem(kind, width=5, depth=2, rows=23):

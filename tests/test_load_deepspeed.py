@@ -16,6 +16,7 @@ from fabricfn.checkpoint.foreign.stretches import joined
 from fabricfn.checkpoint.foreign.values import read
 from fabricfn.errors import CheckpointError
 from fabricfn.sharding import whole
+from tests.worlds import world_of
 
 FOLDER = Path(__file__).parent / "golden" / "deepspeed"
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
@@ -34,10 +35,7 @@ PLACES = {
 }
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.threads(3) as world:
-        yield world
+ranks = world_of("threads", 3)
 
 
 def blank():

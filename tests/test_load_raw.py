@@ -22,16 +22,13 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError, DonatedError
-from fabricfn.testing import processes
+from tests.worlds import world_of
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(scope="module")
-def pair():
-    with processes(2) as world:
-        yield world
+pair = world_of("processes", 2)
 
 
 def dcp_save(tree, folder):

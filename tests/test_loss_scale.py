@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -18,15 +18,12 @@ from fabricfn.sharding import whole
 from fabricfn.testing import cases
 from fabricfn.testing.comparing import snapshot
 from fabricfn.tree import tree_leaves
+from tests.worlds import few, world_of
 
 MIXED = ff.Precision.parse("16-mixed")
 INF, NAN = float("inf"), float("nan")
 PLAIN = ff.Precision()
 DONATE = pytest.mark.parametrize("donate", [False, True])
-
-
-def few(examples):
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
 
 
 def runtime(loss_scale=MIXED.loss_scale, **fields):
@@ -571,10 +568,7 @@ def test_a_checkpoint_fits_models_of_every_precision(tmp_path, donate):
 # Over ranks
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.threads(4) as world:
-        yield world
+ranks = world_of("threads", 4)
 
 
 def problem(rows=23):
@@ -674,10 +668,7 @@ def test_ranks_that_hold_parts_agree():
         assert_same(params, found[0][1])
 
 
-@pytest.fixture(scope="module")
-def processes():
-    with testing.processes(2) as world:
-        yield world
+processes = world_of("processes", 2)
 
 
 def test_the_laws_in_float16_in_processes(processes):

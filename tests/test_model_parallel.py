@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -16,6 +16,7 @@ from fabricfn import testing
 from fabricfn.sharding import is_sharded, local_of, sharded_as
 from fabricfn.strategies.tensor_plans import assigned
 from fabricfn.testing import cases
+from tests.worlds import few, world_of
 
 VOCAB, WIDTH, TIME = 12, 8, 4
 
@@ -115,20 +116,8 @@ ROWS = {
 }
 
 
-def few(examples):
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def processes():
-    with testing.processes(4) as world:
-        yield world
+ranks = world_of("threads", 4)
+processes = world_of("processes", 4)
 
 
 def double(ranks, fn, strategy, *args, world_size=4):

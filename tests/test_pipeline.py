@@ -14,6 +14,7 @@ import fabricfn as ff
 from fabricfn import testing
 from fabricfn.sharding import local_of
 from fabricfn.testing import cases
+from tests.worlds import world_of
 
 VOCAB, WIDTH, TIME, ROWS = 11, 6, 5, 16
 
@@ -70,10 +71,7 @@ def whole_loss(net, tokens, target):
     return cross_entropy(net(tokens), target)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.processes(4) as world:
-        yield world
+ranks = world_of("processes", 4)
 
 
 def run(ranks, fn, *args, stages, world_size, precision="64-true", **options):

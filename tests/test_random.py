@@ -12,18 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import fabricfn as ff
-from fabricfn import testing
 from fabricfn.random import device_generator, seeded
+from tests.worlds import world_of
 
 CPU = torch.device("cpu")
 STRATEGIES = {"single": ff.strategies.single, "ddp": ff.strategies.ddp, "functional": ff.strategies.functional}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.processes(4) as world:
-        yield world
+ranks = world_of("processes", 4)
 
 
 @pytest.fixture(autouse=True)

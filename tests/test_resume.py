@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fabricfn as ff
-from fabricfn.testing import processes
+from tests.worlds import world_of
 
 ROOT = Path(__file__).parents[1]
 DIGITS = "examples/digits.py"
@@ -126,10 +126,7 @@ def test_what_ddp_began_fsdp_finishes(tmp_path: Path, never_stopped):
 # ---------------------------------------------------------------- to another number of ranks
 
 
-@pytest.fixture(scope="module")
-def four():
-    with processes(4) as ranks:
-        yield ranks
+four = world_of("processes", 4)
 
 
 PIECES = 4

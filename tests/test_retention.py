@@ -11,15 +11,12 @@ from hypothesis import given, settings, strategies as st
 import fabricfn as ff
 from fabricfn.checkpoint.storage import removing
 from fabricfn.errors import CheckpointError, ConfigurationError, MismatchError
-from fabricfn.testing import threads
+from tests.worlds import world_of
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with threads(3) as world:
-        yield world
+ranks = world_of("threads", 3)
 
 
 def saved(folder, *steps, **values):

@@ -27,22 +27,14 @@ from fabricfn.checkpoint.storage.opening import opened
 from fabricfn.checkpoint.trees.placements import parts_of
 from fabricfn.checkpoint.trees.reading import read_parts
 from fabricfn.errors import CheckpointError, MismatchError
-from fabricfn.testing import processes, threads
+from tests.worlds import world_of
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def pair():
-    with processes(2) as world:
-        yield world
+ranks = world_of("threads", 4)
+pair = world_of("processes", 2)
 
 
 def bits(tensor):

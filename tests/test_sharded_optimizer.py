@@ -12,6 +12,7 @@ from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
 from fabricfn.optimizers.shares import UNIT, bounds_over
 from fabricfn.sharding import is_sharded, local_of, whole
 from fabricfn.strategies import ddp
+from tests.worlds import world_of
 
 SHARED = ddp(shard_optimizer=True)
 
@@ -55,10 +56,7 @@ def rows(rt, dtype=torch.float64):
     return X.to(dtype if type(dtype) is torch.dtype else torch.float64).tensor_split(rt.world_size)[rt.rank]
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with testing.threads(3) as world:
-        yield world
+ranks = world_of("threads", 3)
 
 
 class Sign(optim.Optimizer):

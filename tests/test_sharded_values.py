@@ -19,7 +19,7 @@ from fabricfn.optimizers.skipping import all_finite
 from fabricfn.runs import scale
 from fabricfn.sharding import full, is_sharded, local_of, with_local
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree, overlap
-from fabricfn.testing import processes, threads
+from tests.worlds import world_of
 
 # 3 rows on 4 ranks: an empty part; "one" lies on one rank; "plain" is not sharded at all
 SHAPES = {"w": (3, 4), "plain": (2, 2), "tall": (37, 5), "one": (1,), "deep": (2, 5, 2)}
@@ -27,16 +27,8 @@ ALONE = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=
 ALONE32 = dataclasses.replace(ALONE, precision=ff.Precision.parse(32))
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def real_ranks():
-    with processes(3) as world:
-        yield world
+ranks = world_of("threads", 4)
+real_ranks = world_of("processes", 3)
 
 
 class Net(nn.Module):

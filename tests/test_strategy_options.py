@@ -14,6 +14,7 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.starting.request import Request, start_method_of
 from fabricfn.strategies import ddp, dp, fsdp
 from fabricfn.strategies.dp import Seam
+from tests.worlds import world_of
 
 
 class Block(nn.Module):
@@ -71,16 +72,8 @@ def assert_close(found, expected, tolerance=1e-12):
     torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=tolerance)
 
 
-@pytest.fixture(scope="module")
-def threads():
-    with testing.threads(4) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def processes():
-    with testing.processes(2) as world:
-        yield world
+threads = world_of("threads", 4)
+processes = world_of("processes", 2)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from hypothesis import example, given, strategies as st
 from torch import nn
 
 import fabricfn as ff
-from fabricfn import sharding, testing
+from fabricfn import sharding
 from fabricfn.errors import ConfigurationError, DonatedError, ModelError
+from tests.worlds import world_of
 
 GUIDE = Path(__file__).parents[1] / "docs/tools.md"
 # quarters, so that means over two ranks are exact
@@ -22,10 +23,7 @@ SERIES = st.lists(st.tuples(NUMBERS, NUMBERS), max_size=14)
 MODES = st.sampled_from(["min", "max"])
 
 
-@pytest.fixture(scope="module")
-def two():
-    with testing.threads(2) as world:
-        yield world
+two = world_of("threads", 2)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fabricfn as ff
 from fabricfn import testing
+from tests.worlds import world_of
 
 
 class OwnError(Exception):
@@ -26,10 +27,7 @@ def ranks(request):
         yield world
 
 
-@pytest.fixture(scope="module")
-def threads():
-    with testing.threads(4) as world:
-        yield world
+threads = world_of("threads", 4)
 
 
 def total(rt, offset=1):

@@ -54,7 +54,7 @@ def pack(call: Call) -> bytes:
     try:
         if not prompt or clouds is None:  # what a prompt or a notebook defines cannot be imported by another process
             return pickle.dumps(call)
-    except Exception as error:
+    except Exception as error:  # whatever a __reduce__ raises
         if clouds is None:
             raise LaunchError(
                 f"the function or its arguments cannot be pickled: {error}. Functions that are not at the top level of"
@@ -63,7 +63,7 @@ def pack(call: Call) -> bytes:
             ) from error
     try:
         return clouds.dumps(call)
-    except Exception as error:
+    except Exception as error:  # whatever a __reduce__ raises
         raise LaunchError(
             f"the function or its arguments cannot be pickled, by cloudpickle either: {error}. Pass plain data and"
             " build everything else inside the function."
@@ -79,7 +79,7 @@ def write_result(path: Path, result: Any, rank: int) -> None:
     draft = path.with_suffix(".draft")
     try:
         torch.save(result, draft)
-    except Exception as error:
+    except Exception as error:  # whatever a __reduce__ raises
         raise LaunchError(
             f"what rank {rank} returned ({type(result).__name__}) cannot be pickled: {error}. Return tensors and"
             " plain data."

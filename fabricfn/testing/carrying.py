@@ -29,7 +29,7 @@ def pack(value: Any) -> bytes:
     if cloudpickle is None:
         try:
             return pickle.dumps(value)
-        except Exception as error:
+        except Exception as error:  # whatever a __reduce__ raises
             raise LaunchError(
                 f"{error}: closures and functions of a script need cloudpickle. pip install 'fabricfn[closures]'."
             ) from error

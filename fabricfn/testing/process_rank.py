@@ -145,5 +145,5 @@ def failure(error: BaseException) -> bytes:
         report = pack(("error", time.monotonic(), error, text))
         pickle.loads(report)
         return report
-    except Exception:
+    except Exception:  # whatever a __reduce__ raises
         return pickle.dumps(("error", time.monotonic(), RuntimeError(f"{type(error).__name__}: {error}"), text))

@@ -1,6 +1,7 @@
 """From the call that starts two ranks to the end of their first collective."""
 
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 METHODS = ("spawn", "forkserver", "fork")
+TURNS = ("spawn", "forkserver", "fork", "fork", "fork")
+"""A round; what takes 20 ms is disturbed by less, so it is measured more often."""
 
 # Programs that print these seconds; the start method is their argument. Everything is imported before the call.
 PROGRAMS = {
@@ -68,7 +71,8 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds: start method -> contender -> seconds. Each run is a process of its own; they take turns.
+    """Median seconds: start method -> contender -> seconds. Each run is a process of its own; they take turns,
+    in another order in each round.
 
     "default" compares what users write: Fabric's "ddp_spawn" with `launch`, by spawn and by its own choice.
     """
@@ -79,8 +83,8 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         for number, code in enumerate(programs.values()):
             Path(folder, f"program{number}.py").write_text(code)
         for index in range(rounds + 1):
-            for method in METHODS:
-                for number, name in enumerate(programs):
+            for method in TURNS:
+                for number, name in random.Random(index).sample([*enumerate(programs)], len(programs)):
                     seconds = _run([f"{folder}/program{number}.py", method])
                     if index:  # the first round fills the file cache
                         found[method][name].append(seconds)

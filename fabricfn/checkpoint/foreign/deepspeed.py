@@ -82,7 +82,7 @@ def opened_deepspeed(folder: Path) -> dict[Any, Any]:
         return tree
     except (CheckpointError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # files that another program wrote may lead the reading to any of them
         raise CheckpointError(
             f"{folder} is no whole checkpoint of DeepSpeed: {type(error).__name__}: {str(error)[:200]}."
         ) from None
