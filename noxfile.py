@@ -128,7 +128,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="venv")
 def changelog(session: nox.Session) -> None:
-    """What changes/ makes of the next version's section; `-- build --version 0.2.0` writes it. Not part of the round."""
+    """The section that changes/ makes of the next version; `-- build` writes it. Not part of the round."""
     beside(session, "-e", ".", "towncrier>=24.8")
     session.run("towncrier", *(session.posargs or ("build", "--draft")))
 

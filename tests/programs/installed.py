@@ -25,7 +25,9 @@ assert HERE != THERE, "this is the repository, not what was installed"
 assert files(THERE) == files(HERE), files(THERE) ^ files(HERE)
 assert "py.typed" in files(THERE)
 assert version("fabricfn") == ff.__version__
-said = subprocess.run([sys.executable, "-m", "fabricfn", "--version"], check=True, capture_output=True, text=True).stdout
+said = subprocess.run(
+    [sys.executable, "-m", "fabricfn", "--version"], check=True, capture_output=True, text=True
+).stdout
 assert said == f"fabricfn {ff.__version__}\n"
 for name in ff.__all__:
     getattr(ff, name)
