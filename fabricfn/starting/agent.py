@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -38,7 +38,11 @@ PATIENCE = 3.5
 """Seconds to wait, after a rank lost the connection to another one, for that one to end and say why."""
 
 
-class _Agent(LocalElasticAgent):
+_TorchAgent: Any = LocalElasticAgent
+"""A decorator on its methods loses their types."""
+
+
+class _Agent(_TorchAgent):
     """torch's agent, with one more judge: what a worker left behind says more than the order in which they end."""
 
     folder: Path = Path()
@@ -56,18 +60,16 @@ class _Agent(LocalElasticAgent):
     patience: float = 0.0
     """When to stop waiting for the rank behind a lost connection, on the monotonic clock."""
 
-    # The decorator on these methods of torch's agent loses their types; hence the ignores.
-
-    def _rendezvous(self, worker_group: WorkerGroup) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        super()._rendezvous(worker_group)  # pyright: ignore
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
         if self.nodes is not None:  # all nodes count the attempts alike
             spec = worker_group.spec
             counted = self.nodes.restarts(spec.max_restarts, self._remaining_restarts)
             spec.max_restarts, self._remaining_restarts = counted
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         with bound_spawn():
-            started: dict[int, Any] = super()._start_workers(worker_group)  # pyright: ignore
+            started = cast("dict[int, Any]", super()._start_workers(worker_group))
         context: Any = self._pcontext
         close: Callable[..., None] = context.close
 
@@ -76,14 +78,14 @@ class _Agent(LocalElasticAgent):
             close(death_sig, timeout)
 
         context.close, self.seen = soon, None
-        return started  # pyright: ignore[reportUnknownVariableType]
+        return started
 
     def _exit_barrier(self) -> None:
         if self.nodes is not None:
             self.nodes.end()
         super()._exit_barrier()
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = GRACE) -> None:  # pyright: ignore
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = GRACE) -> None:
         told = isinstance(sys.exc_info()[1], SignalException)  # else a worker failed: there is nothing to save
         if told and isinstance(self._pcontext, MultiprocessContext):
             self._pcontext._worker_finished_event.set()  # a worker that returns now need not wait until we read it
@@ -91,19 +93,30 @@ class _Agent(LocalElasticAgent):
             marked(self.attempt(), rank, "joined") for rank in self.ranks().values()
         ):
             death_sig = signal.SIGTERM  # KeyboardInterrupt in the middle of an import is a traceback of each rank
-        if self._pcontext is not None:  # torch 2.9 has no time limit for its own call of this
-            self._pcontext.close(death_sig, self.grace if told else GRACE)  # pyright: ignore
-        super()._shutdown(death_sig)  # pyright: ignore
+        context: Any = self._pcontext
+        if context is not None:  # torch 2.9 has no time limit for its own call of this
+            context.close(death_sig, self.grace if told else GRACE)
+        super()._shutdown(death_sig)
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         failed = self._has_failed()
         if failed is not False:
             return RunResult(state=WorkerState.FAILED if failed else WorkerState.HEALTHY)
-        result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore
-        if result.state is WorkerState.FAILED:  # since we looked; torch may have told the others to end before we could
-            ranks, seen = self.ranks(), self.seen or {}
-            self._settle({local: status for local, status in seen.items() if ranks[local] in result.failures})
-        return result  # pyright: ignore[reportUnknownVariableType]
+        result = cast("RunResult", super()._monitor_workers(worker_group))
+        if result.state is WorkerState.FAILED:  # since we looked
+            self._settle(self._untold(result.failures))
+        return result
+
+    def _untold(self, failures: Mapping[int, Any]) -> dict[int, int]:
+        """Who ended by themselves, where torch saw a failure before we did and told all others to end by SIGTERM."""
+        ranks, seen = self.ranks(), self.seen or {}
+        lost = {failure.rank for failure in failures_in(self.attempt()) if failure.consequence}
+        alone = lost.issuperset(failures)  # then what they lost had ended before
+        return {
+            local: status
+            for local, status in seen.items()
+            if alone or ranks[local] in failures or status != -signal.SIGTERM
+        }
 
     def _has_failed(self) -> bool | None:
         """Whether a rank failed: then the first one is known, and no worker is left. None: it is too early to say."""
@@ -255,7 +268,7 @@ def _run(agent: _Agent, request: Request) -> RunResult:
     """
     where = f"{request.main_address}:{request.main_port or DEFAULT_PORT}"
     try:
-        return agent.run()  # pyright: ignore
+        return agent.run()
     except RendezvousClosedError:  # another node has ended, so there is no further attempt: what counts is the last
         agent._remaining_restarts += 1
         return RunResult(state=WorkerState.FAILED)

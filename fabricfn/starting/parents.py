@@ -10,9 +10,9 @@ import threading
 from collections.abc import Generator, Sequence
 from multiprocessing import spawn
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # pyright: ignore
+import torch.multiprocessing
 
 from fabricfn.environments import Topology
 
@@ -70,7 +70,7 @@ def bound_spawn() -> Generator[None]:
 
 def attend(topology: Topology) -> None:
     """In a worker: end with the parent, and leave the stack behind where a crash ends this process."""
-    _prctl_pr_set_pdeathsig(PARENT_DIED)
+    cast(Any, torch.multiprocessing)._prctl_pr_set_pdeathsig(PARENT_DIED)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
