@@ -28,12 +28,9 @@ myst_heading_anchors = 4
 highlight_language = "none"
 default_role = "py:obj"  # one backtick in a docstring: a link where that is a name of ours, else code
 add_module_names = False
-autodoc_typehints = "none"  # the signature has them
-autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
+smartquotes = False  # "mean" in a docstring is a string
 autodoc_member_order = "bysource"
-autodoc_inherit_docstrings = False
-napoleon_numpy_docstring = False
-napoleon_use_rtype = False
 
 INNER = {"autocast_of", "cast_floating", "check_name"}
 """Functions that `fabricfn.precision` has for other files of the package."""
