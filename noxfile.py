@@ -108,13 +108,14 @@ def reliability(session: nox.Session) -> None:
 
 @nox.session
 def plots(session: nox.Session) -> None:
-    """Run the digits six times, and draw docs/resume.svg; about a minute on two cores. Not part of the round."""
+    """Draw docs/resume.svg (the digits, six times: a minute on two cores) and docs/ratios.svg. Not part of the round."""
     python(session, "docs/plots/resume.py")
+    python(session, "docs/plots/ratios.py")
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Measure, and write docs/benchmarks.md; about five minutes on two idle cores. Not part of the round."""
+    """Measure, and write docs/benchmarks.md; about half an hour on two idle cores. Not part of the round."""
     python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[bench]")
     python(session, "-m", "tests.benchmarks", *session.posargs)
 

@@ -31,6 +31,8 @@ def all_reduce_mean(tensors: Tensors, group: Group) -> list[torch.Tensor]:
 def all_reduce(tensors: Tensors, group: Group, op: str) -> list[torch.Tensor]:
     """The reduction over the ranks of each tensor, the same bits on every rank. Every rank must call it."""
     tensors = floats_for_means(tensors, op)
+    if group is None:
+        return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
     buffers: list[torch.Tensor] = []
     works: list[dist.Work | None] = []
     buckets = plan(tensors)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fabricfn as ff
-from tests.benchmarks import inputs, randomness, ranks, report, sharded, starting, steps, storage
+from tests.benchmarks import functions, inputs, memory, randomness, ranks, report, starting, steps, storage
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs/benchmarks.json"
@@ -37,11 +37,13 @@ def on_two_ranks(function: Any, **options: Any) -> Any:
 
 # name -> what measures it: called with the JSON that the row gives, in a process of its own.
 MEASURES = {
-    "steps": steps.measure,
+    "steps": steps.measure_single,
+    "ddp": functools.partial(on_ranks, steps.measure, way="ddp", strategy="ddp"),
+    "fsdp": functools.partial(on_ranks, steps.measure, way="fsdp", strategy="fsdp"),
+    "canonical": functools.partial(on_ranks, steps.measure_canonical),
     "randomness": randomness.measure,
-    "ddp": functools.partial(on_two_ranks, ranks.measure_ddp),
-    "canonical": functools.partial(on_ranks, ranks.measure_canonical),
-    "fsdp": functools.partial(on_two_ranks, sharded.measure, strategy="fsdp"),
+    "functions": functions.measure,
+    "memory": memory.measure,
     "collectives": functools.partial(on_two_ranks, ranks.measure_collectives),
     "to_device": inputs.measure_to_device,
     "batches": inputs.measure_batches,
@@ -55,19 +57,35 @@ MEASURES = {
     "imports": functools.partial(inputs.measure_programs, inputs.IMPORTS),
     "first_step": functools.partial(inputs.measure_programs, inputs.FIRST_STEPS),
 }
+ONCE = ("starting", "imports", "first_step", "partial", "memory")
+"""They start processes of their own."""
 
-# kind of net, micro-batches a step, rounds
-STEPS = ((4, "32-true", 400), (40, "32-true", 120), (4, "bf16-mixed", 300))
-FSDP = (("linear", 1, 60), ("linear", 8, 12), ("transformer", 1, 16), ("transformer", 8, 4))
+# what is trained, in which way on how many ranks, micro-batches a step, rounds
+STEPS = (("1", 400), ("4", 400), ("40", 120), ("500", 12))
+RANKS = (
+    *(("ddp", 2, "4 layers", k, r) for k, r in ((1, 300), (8, 120))),
+    ("ddp", 4, "4 layers", 1, 150),
+    *(("ddp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 2))),
+    *(("fsdp", 2, "8 blocks", k, r) for k, r in ((1, 60), (8, 12))),
+    *(("fsdp", 2, "4 encoder layers", k, r) for k, r in ((1, 16), (8, 4))),
+    *(("fsdp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 2))),
+)
 
 # key of the report, what to measure, the contender that others are compared with (else the first), options, rounds.
 ROWS: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
-    *((f"steps {n} {p}", "steps", "plain", {"layers": n, "precision": p}, r) for n, p, r in STEPS),
+    *((f"steps {n}", "steps", "plain", {"kind": f"{n} layers"}, r) for n, r in STEPS),
+    ("steps 4 bf16-mixed", "steps", "plain", {"kind": "4 layers", "precision": "bf16-mixed"}, 300),
+    ("steps 4 SGD", "steps", "plain", {"kind": "4 layers", "rule": "SGD"}, 400),
+    ("steps GPT", "steps", "plain", {"kind": "GPT"}, 10),
+    *(
+        (f"{way} {size} {kind} {k}", way, "plain", {"size": size, "kind": kind, "accumulation": k}, r)
+        for way, size, kind, k, r in RANKS
+    ),
+    *((f"canonical {n}", "canonical", "mean", {"size": n, "kind": "4 layers", "accumulation": 8}, 120) for n in (1, 2)),
     ("randomness", "randomness", "no key", {"layers": 4}, 400),
-    *((f"ddp {k}", "ddp", "plain", {"layers": 4, "accumulation": k}, r) for k, r in ((1, 300), (8, 120))),
-    *((f"canonical {n}", "canonical", "mean", {"size": n, "layers": 4, "accumulation": 8}, 120) for n in (1, 2)),
-    *((f"fsdp {kind} {k}", "fsdp", "plain", {"kind": kind, "accumulation": k}, r) for kind, k, r in FSDP),
-    ("collectives", "collectives", "loop", {}, 20),
+    ("functions", "functions", "by hand", {}, 300),
+    ("memory", "memory", "parameters", {}, 1),
+    *((f"collectives {n}", "collectives", "loop", {"leaves": n}, 20) for n in (1, 10, 100, 200, 1000)),
     ("to_device", "to_device", "bare", {}, 100),
     ("batches", "batches", "bare", {}, 100),
     ("stream", "stream", "bare", {}, 40),
@@ -113,7 +131,7 @@ def measure_all(quick: bool, only: str) -> dict[str, Any]:
     for key, name, base, options, rounds in ROWS:
         if not key.startswith(only):
             continue
-        times = 1 if name in ("starting", "imports", "first_step", "partial") else repeats
+        times = 1 if name in ONCE or options.get("kind") == "GPT" else repeats
         found = in_fresh_processes(name, times, **options, rounds=max(rounds // divisor, 1))
         if isinstance(found[0][next(iter(found[0]))], dict):  # several figures of one measurement
             for part in found[0]:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from tests.benchmarks.steps import LEARNING_RATE, loss_fn, make_batch
+from tests.benchmarks.jobs import job, squares
+from tests.benchmarks.loops import LEARNING_RATE
 from tests.benchmarks.timing import interleaved
 
 
@@ -19,9 +20,9 @@ def step_of(layers: int, seeding: str) -> Callable[[], None]:
     rt = ff.init_runtime(accelerator="cpu", devices=1)
     model = ff.setup_model(rt, make_net(layers))
     opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=LEARNING_RATE)
-    grad_fn = ff.value_and_grad(rt, loss_fn)
+    grad_fn = ff.value_and_grad(rt, squares)
     key = ff.key(0)
-    x, y = make_batch()
+    x, y = job("4 layers").batch
 
     def step() -> None:
         nonlocal model, opt

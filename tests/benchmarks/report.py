@@ -1,22 +1,53 @@
-"""The page docs/benchmarks.md, from the figures."""
+"""The page docs/benchmarks.md, from the figures: sections of tables, as data."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+Columns = dict[str, str]
+"""contender -> title."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A line per row, a column per contender; the first column is in seconds, all others are ratios to it."""
+
+    text: str = ""
+    """What stands above it: Markdown."""
+    rows: dict[str, str]
+    """key of the results -> title."""
+    base: str
+    """The title of what others are compared with."""
+    columns: Columns
+    seconds: bool = True
+    """Whether the base is shown in seconds (else the ratios alone)."""
+
+
+HAND = {"plain again (noise)": "again", "fused": "by hand, fused"}
+OURS = {"fabricfn, donated": "fabricfn, donated", "fabricfn, pure": "fabricfn, pure"}
+PEERS = {"Lightning Fabric": "Lightning Fabric", "Accelerate": "Accelerate"}
+LOOPS = {**HAND, **OURS, **PEERS}
+FSDP = {
+    f"fsdp 2 {kind} {count}": f"{title}, {'one batch' if count == 1 else f'{count} micro-batches'} a step"
+    for kind, title in (("8 blocks", "8 linear blocks"), ("4 encoder layers", "4 encoder layers"), ("GPT", "GPT"))
+    for count in (1, 8)
+}
+
 # What is asked for: figure -> contender -> the largest ratio.
-ASKED = {
-    "steps 4 32-true": {"fabricfn, donated": 0.5, "fabricfn, pure": 0.6},
-    "steps 40 32-true": {"fabricfn, donated": 0.45, "fabricfn, pure": 0.6},
-    "steps 4 bf16-mixed": {"fabricfn, donated": 0.8},
+ASKED: dict[str, dict[str, float]] = {
+    "steps 4": {"fabricfn, donated": 0.5, "fabricfn, pure": 0.6},
+    "steps 40": {"fabricfn, donated": 0.45, "fabricfn, pure": 0.6},
+    "steps 4 bf16-mixed": {"fabricfn, donated": 0.75},
+    "steps GPT": {"fabricfn, donated": 1.0},
     "randomness": {"a key a step": 1.1},
-    "ddp 1": {"fabricfn, donated": 1.0},
-    "ddp 8": {"fabricfn, donated": 1.0},
-    "fsdp linear 1": {"fabricfn, donated": 1.05},
-    "fsdp linear 8": {"fabricfn, donated": 1.05},
-    "fsdp transformer 1": {"fabricfn, donated": 1.05},
-    "fsdp transformer 8": {"fabricfn, donated": 1.05},
-    "collectives all_reduce": {"fabricfn": 0.05},
-    "collectives broadcast": {"fabricfn": 0.05},
-    "collectives all_gather": {"fabricfn": 0.05},
+    "ddp 2 4 layers 1": {"fabricfn, donated": 1.0},
+    "ddp 2 4 layers 8": {"fabricfn, donated": 0.8},
+    "ddp 2 GPT 1": {"fabricfn, donated": 1.0},
+    "ddp 2 GPT 8": {"fabricfn, donated": 1.0},
+    **{key: {"fabricfn, donated": 1.0 if "GPT" in key else 1.05} for key in FSDP},
+    "collectives 200 all_reduce": {"fabricfn": 0.05},
+    "collectives 200 broadcast": {"fabricfn": 0.05},
+    "collectives 200 all_gather": {"fabricfn": 0.05},
     "to_device": {"fabricfn": 1.2},
     "batches": {"fabricfn": 1.2},
     "stream": {"fabricfn": 1.1},
@@ -25,43 +56,29 @@ ASKED = {
     "starting fork": {"fabricfn": 1.1},
     "starting default": {"fabricfn, spawn": 0.5, "fabricfn": 0.5},
     "imports": {"import fabricfn": 1.05},
+    "first_step": {"fabricfn": 0.6},
+    "memory model": {"fabricfn, donated": 1.05},
     "save": {"fabricfn": 1.11},
     "sharded save": {"fabricfn": 1.11},
     "load": {"fabricfn": 1.0},
     "sharded load": {"fabricfn": 1.0},
 }
 
-STEP_ROWS = {
-    "steps 4 32-true": "4 layers",
-    "steps 40 32-true": "40 layers",
-    "steps 4 bf16-mixed": "4 layers, bf16-mixed",
-}
-DDP_ROWS = {"ddp 1": "one batch a step", "ddp 8": "8 micro-batches a step"}
-CANONICAL_ROWS = {"canonical 1": "1 rank", "canonical 2": "2 ranks"}
-FSDP_ROWS = {
-    "fsdp linear 1": "8 linear blocks, one batch a step",
-    "fsdp linear 8": "8 linear blocks, 8 micro-batches a step",
-    "fsdp transformer 1": "4 encoder layers, one batch a step",
-    "fsdp transformer 8": "4 encoder layers, 8 micro-batches a step",
-}
-COLLECTIVE_ROWS = {
-    "collectives all_reduce": "all_reduce",
-    "collectives broadcast": "broadcast",
-    "collectives all_gather": "all_gather",
-}
-INPUT_ROWS = {
-    "to_device": "`to_device` of 20 nested tensors against `optree.tree_map`",
-    "batches": "`batches` over ready batches, a batch, against the bare DataLoader",
-}
-STREAM_ROWS = {"stream": "an epoch over an IterableDataset of 16384 samples, batches of 32"}
+HEAD = """# Benchmarks
 
-FIRST_COLLECTIVE = {"fabricfn": "fabricfn", "Lightning Fabric": "Lightning Fabric"}
-SPAWNS = {"fabricfn, spawn": "fabricfn, spawn", "fabricfn": "fabricfn, by itself (fork)"}
-STARTING_ROWS = {
-    "starting spawn": "spawn",
-    "starting forkserver": "forkserver",
-    "starting fork": "fork",
-}
+Made by `nox -s benchmarks` (that is `python -m tests.benchmarks`); the raw figures are in
+[benchmarks.json](benchmarks.json). Do not edit by hand. One row: `python -m tests.benchmarks --only "fsdp 2 GPT"`.
+
+Measured on {cpu}; Python {python}, torch {torch}, optree {optree}, Lightning Fabric {lightning-fabric}, Accelerate
+{accelerate}; one thread a process.
+
+How: contenders take turns in one process, in a shuffled order, so that a disturbance hits all of them; each figure is
+a median over rounds, then over {processes} fresh processes (one for GPT and for what starts processes of its own). The
+tables show ratios to the first contender; **again** is the same code a second time and shows the noise; brackets hold
+what is asked for.
+
+![the ratios of the steps](ratios.svg)
+"""
 
 PARTS = {
     "partial rows": "half of the rows of one tensor",
@@ -69,58 +86,210 @@ PARTS = {
     "partial one": "one tensor of 25, by `only=`",
 }
 
-HEAD = """# Benchmarks
 
-Made by `nox -s benchmarks` (that is `python -m tests.benchmarks`); the raw figures are in
-[benchmarks.json](benchmarks.json). Do not edit by hand.
+def parts_table(results: dict[str, Any]) -> str:
+    """Bytes read over bytes needed."""
+    text = "Bytes read by a load of a part, manifest and headers included; a block of 4 MiB is read whole."
+    lines = [text, "", "| what a rank of two loads | MiB needed | read / needed |", "| --- | --- | --- |"]
+    for key, title in PARTS.items():
+        result = results[key]
+        lines.append(f"| {title} | {result['seconds'] / 2**20:g} | {result['ratios']['fabricfn']:.3f} |")
+    return "\n".join(lines) + "\n"
 
-Measured on {cpu}; Python {python}, torch {torch}, optree {optree}, Lightning Fabric {lightning-fabric}, Accelerate
-{accelerate}; one thread a process.
 
-How: contenders take turns in one process, in a shuffled order, so that a disturbance hits all of them; each figure is
-a median over rounds, then over {processes} fresh processes. The tables show ratios to the first contender; **again** is
-the same code a second time and shows the noise; brackets hold what is asked for.
-"""
+def functions_table(results: dict[str, Any]) -> str:
+    """What a call costs, in microseconds."""
+    text = (
+        "## One call\n\nMicroseconds of CPU on one process, for 4 layers (tensors of 8 x 32 for `to_device` and"
+        " `all_reduce`), and of what one writes without fabricfn: `loss.backward()`, `clip_grad_norm_`, a fused AdamW."
+    )
+    lines = [text, "", "| | fabricfn | by hand |", "| --- | --- | --- |"]
+    for key, result in results.items():
+        if key.startswith("functions "):
+            hand = result["seconds"] * 1e6
+            ours = hand * result["ratios"]["fabricfn"]
+            lines.append(f"| `{key.removeprefix('functions ')}` | {ours:.1f} | {f'{hand:.1f}' if hand > 2 else ''} |")
+    return "\n".join(lines) + "\n"
 
-FSDP_HEAD = """## One step, two ranks, sharded
+
+SECTIONS: tuple[Table | Callable[[dict[str, Any]], str], ...] = (
+    Table(
+        text="## One step, one process\n\nCPU time of forward, backward and AdamW for layers of `Linear(32, 32)`,"
+        " batch 8: how the cost grows from 2 to 1,000 parameters; and for a GPT of 10.8 million parameters (6 layers of"
+        " 384, 4 rows of 64 bytes). By hand: `torch.optim.AdamW(params, lr)`.",
+        rows={
+            "steps 1": "1 layer",
+            "steps 4": "4 layers",
+            "steps 40": "40 layers",
+            "steps 500": "500 layers",
+            "steps 4 bf16-mixed": "4 layers, bf16-mixed",
+            "steps 4 SGD": "4 layers, SGD",
+            "steps GPT": "GPT",
+        },
+        base="by hand",
+        columns=LOOPS,
+    ),
+    Table(
+        text="## One step with dropout\n\nCPU time for 4 layers, each with dropout: fabricfn's step without a key, with"
+        " `rng=ff.fold_in(key, opt.step)`, and after `torch.manual_seed(opt.step)`.",
+        rows={"randomness": "4 layers"},
+        base="no key",
+        columns={
+            "no key again (noise)": "again",
+            "a key a step": "a key a step",
+            "torch.manual_seed a step": "`torch.manual_seed` a step",
+        },
+    ),
+    functions_table,
+    Table(
+        text="## One step, several ranks\n\nWall time under ddp, against hand-written `DistributedDataParallel`"
+        " (`no_sync` for the first micro-batches). Four ranks share two cores.",
+        rows={
+            "ddp 2 4 layers 1": "2 ranks, 4 layers, one batch a step",
+            "ddp 2 4 layers 8": "2 ranks, 4 layers, 8 micro-batches a step",
+            "ddp 4 4 layers 1": "4 ranks, 4 layers, one batch a step",
+            "ddp 2 GPT 1": "2 ranks, GPT, one batch a step",
+            "ddp 2 GPT 8": "2 ranks, GPT, 8 micro-batches a step",
+        },
+        base="by hand",
+        columns=LOOPS,
+    ),
+    Table(
+        text="## The same bits on any number of ranks\n\nWall time of a step with 8 micro-batches a rank, for 4 layers:"
+        ' `accumulate(..., reduce="canonical")` against `reduce="mean"`; see [determinism](determinism.md).',
+        rows={"canonical 1": "1 rank", "canonical 2": "2 ranks"},
+        base="mean",
+        columns={"mean again (noise)": "again", "canonical": "canonical"},
+    ),
+    Table(
+        text="""## One step, two ranks, sharded
 
 Wall time under fsdp, against hand-written `fully_shard` of every block and the root; Lightning Fabric's
 `ModelParallelStrategy` calls the same. Blocks: `Linear(256, 256)` and gelu, batch 16 a rank;
 `TransformerEncoderLayer(256, 4, 1024)`, batch 8 of 64 tokens a rank. Of 8 micro-batches the last one reduces gradients.
 Asked for FSDP2 on CPU ranks, Accelerate takes DDP without a word; here its state is set to FSDP2 by hand.
-fabricfn gathers ahead on CPU (an option of torch's that the others leave off) and steps on the local parts.
-"""
-
-
-SAVERS = {"torch.save": "torch.save", "DCP": "DCP", "Lightning Fabric": "Lightning Fabric", "Accelerate": "Accelerate"}
-LOADERS = {"torch.load": "torch.load", "safetensors, copied": "safetensors"}
-
-SAVE_HEAD = """## Checkpoints
+fabricfn gathers ahead on CPU (an option of torch's that the others leave off) and steps on the local parts.""",
+        rows=FSDP,
+        base="by hand",
+        columns=LOOPS,
+    ),
+    Table(
+        text="## Memory\n\nPeak memory above what was there before, in copies of the parameters (128 MiB): of setting"
+        " the model up, and at the end of three steps of AdamW. Gradients and the optimizer's state make four.",
+        rows={"memory model": "the model", "memory three steps": "three steps"},
+        base="by hand",
+        columns={"by hand, fused": "by hand, fused", **OURS, "Lightning Fabric": "Lightning Fabric"},
+        seconds=False,
+    ),
+    Table(
+        text="## Collectives, two ranks\n\nWall time for a tree of small tensors, against a loop over them.",
+        rows={
+            "collectives 1 all_reduce": "all_reduce, 1 tensor",
+            "collectives 10 all_reduce": "all_reduce, 10 tensors",
+            "collectives 100 all_reduce": "all_reduce, 100 tensors",
+            "collectives 1000 all_reduce": "all_reduce, 1,000 tensors",
+            "collectives 200 all_reduce": "all_reduce, 200 tensors",
+            "collectives 200 broadcast": "broadcast, 200 tensors",
+            "collectives 200 all_gather": "all_gather, 200 tensors",
+        },
+        base="loop",
+        columns={"loop again (noise)": "again", "fabricfn": "fabricfn"},
+    ),
+    Table(
+        text="## Around the step\n\nCPU time.",
+        rows={
+            "to_device": "`to_device` of 20 nested tensors against `optree.tree_map`",
+            "batches": "`batches` over ready batches, a batch, against the bare DataLoader",
+        },
+        base="bare",
+        columns={"bare again (noise)": "again", "fabricfn": "fabricfn"},
+    ),
+    Table(
+        text="On two ranks the bare DataLoader gives all of the data to each rank; fabricfn gives every sample to"
+        " one, and lets the ranks vote whether all of them have further batches.",
+        rows={"stream": "an epoch over an IterableDataset of 16384 samples, batches of 32"},
+        base="bare",
+        columns={"bare again (noise)": "again", "fabricfn": "fabricfn"},
+    ),
+    Table(
+        text="""## Checkpoints
 
 Wall time for 384 MiB of float32 (24 tensors), written to a new place and flushed to the disk; on two ranks half of
 every tensor each. Bare: the same bytes by `write` and one `fsync`. fabricfn also computes and keeps a checksum of every
 block (by ISA-L: the extra `isal`); what the peers wrote is flushed for them, within their time. Each is called twice in
 a row and the second call counts: the host of a virtual machine supplies pages that were free for some seconds one by
-one, which takes up to five times as long as the copy into them. DCP is torch's distributed checkpoint. Alone:
-`python -m tests.benchmarks --only save` (and `load`, `sharded`, `stall`, `partial`).
-"""
-
-
-STARTING_HEAD = """## Starting two ranks
+one, which takes up to five times as long as the copy into them. DCP is torch's distributed checkpoint.""",
+        rows={"save": "save, one process"},
+        base="bare",
+        columns={
+            "bare again (noise)": "again",
+            "fabricfn": "fabricfn",
+            "torch.save": "torch.save",
+            "DCP": "DCP",
+            **PEERS,
+        },
+    ),
+    Table(
+        rows={"sharded save": "save, two ranks"},
+        base="bare",
+        columns={"bare again (noise)": "again", "fabricfn": "fabricfn", "DCP": "DCP"},
+    ),
+    Table(
+        text="Loaded into new tensors from the page cache; fabricfn checks every byte, the others none. safetensors:"
+        " mapped and copied.",
+        rows={"load": "load, one process"},
+        base="DCP",
+        columns={
+            "DCP again (noise)": "again",
+            "fabricfn": "fabricfn",
+            "torch.load": "torch.load",
+            "safetensors, copied": "safetensors",
+        },
+    ),
+    Table(
+        rows={"sharded load": "load, two ranks"},
+        base="DCP",
+        columns={"DCP again (noise)": "again", "fabricfn": "fabricfn"},
+    ),
+    Table(
+        text="How long `save(blocking=False)` holds up its caller, from the second save on, against one copy of the"
+        " same bytes into memory in use.",
+        rows={"stall": "one process"},
+        base="copy",
+        columns={"copy again (noise)": "again", "fabricfn": "fabricfn", "fresh clones": "copy into fresh memory"},
+    ),
+    parts_table,
+    Table(
+        text="## Start-up\n\nCPU time, each in a process of its own.",
+        rows={"imports": "importing"},
+        base="import torch",
+        columns={
+            "import torch again (noise)": "again",
+            "import fabricfn": "import fabricfn",
+            "import fabricfn, use every name of the loop": "import fabricfn, use every name of the loop",
+        },
+    ),
+    Table(
+        rows={"first_step": "from nothing to the first step done"},
+        base="by hand",
+        columns={"plain again (noise)": "again", "fabricfn": "fabricfn"},
+    ),
+    Table(
+        text="""## Starting two ranks
 
 Wall time from the call to the end of the first collective, `torch.distributed.all_reduce` of one number; each call in a
 process of its own, which has imported everything before. torch: `torch.multiprocessing.start_processes` and gloo by
-`tcp://`. Alone: `python -m tests.benchmarks --only starting`.
-"""
-
-
-def parts_table(results: dict[str, Any]) -> str:
-    """Bytes read over bytes needed."""
-    lines = ["| what a rank of two loads | MiB needed | read / needed |", "| --- | --- | --- |"]
-    for key, title in PARTS.items():
-        result = results[key]
-        lines.append(f"| {title} | {result['seconds'] / 2**20:g} | {result['ratios']['fabricfn']:.3f} |")
-    return "\n".join(lines) + "\n"
+`tcp://`.""",
+        rows={"starting spawn": "spawn", "starting forkserver": "forkserver", "starting fork": "fork"},
+        base="torch",
+        columns={"torch again (noise)": "again", "fabricfn": "fabricfn", "Lightning Fabric": "Lightning Fabric"},
+    ),
+    Table(
+        rows={"starting default": "two ranks"},
+        base="Lightning Fabric, spawn",
+        columns={"fabricfn, spawn": "fabricfn, spawn", "fabricfn": "fabricfn, by itself (fork)"},
+    ),
+)
 
 
 def cell(result: dict[str, Any], name: str, asked: dict[str, float]) -> str:
@@ -139,78 +308,20 @@ def amount(seconds: float) -> str:
     return f"{seconds * 1e6:.2f} us"
 
 
-def table(results: dict[str, Any], rows: dict[str, str], base: str, contenders: dict[str, str]) -> str:
-    """One Markdown table: a line per row, a column per contender."""
-    head = ["", base, *contenders.values()]
+def lines_of(table: Table, results: dict[str, Any]) -> str:
+    """The table in Markdown; rows that were never measured are left out."""
+    head = ["", table.base, *table.columns.values()]
     lines = [head, ["---"] * len(head)]
-    for key, title in rows.items():
-        if key not in results:  # `--only` of another row, on a page that is older than this one
-            continue
-        result = results[key]
-        cells = [cell(result, name, ASKED.get(key, {})) for name in contenders]
-        lines.append([title, amount(result["seconds"]), *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    for key, title in table.rows.items():
+        if key in results:
+            result, asked = results[key], ASKED.get(key, {})
+            first = amount(result["seconds"]) if table.seconds else cell(result, table.base, asked)
+            lines.append([title, first, *(cell(result, name, asked) for name in table.columns)])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (f"{table.text}\n\n" if table.text else "") + text + "\n"
 
 
 def render(results: dict[str, Any], processes: int = 3) -> str:
     """The whole page."""
-    hand = {"plain again (noise)": "again", "fused": "by hand, fused"}
-    ours = {"fabricfn, donated": "fabricfn, donated", "fabricfn, pure": "fabricfn, pure"}
-    peers = {"Lightning Fabric": "Lightning Fabric", "Accelerate": "Accelerate"}
-    collectives = {"loop again (noise)": "again", "fabricfn": "fabricfn"}
-    seeding = {
-        "no key again (noise)": "again",
-        "a key a step": "a key a step",
-        "torch.manual_seed a step": "`torch.manual_seed` a step",
-    }
-    first = {
-        "imports": {name: name for name in list(results["imports"]["ratios"])[1:]},
-        "first_step": {"plain again (noise)": "again", "fabricfn": "fabricfn"},
-    }
-    bare = {"bare again (noise)": "again", "fabricfn": "fabricfn"}
-    base = {"DCP again (noise)": "again", "fabricfn": "fabricfn"}
-    copies = {"copy again (noise)": "again", "fabricfn": "fabricfn", "fresh clones": "copy into fresh memory"}
-    parts = [
-        HEAD.format(**results["machine"], processes=processes),
-        "## One step, one process\n\nCPU time of forward, backward and AdamW for layers of `Linear(32, 32)`, batch 8."
-        " By hand: `torch.optim.AdamW(params, lr)`.\n",
-        table(results, STEP_ROWS, "by hand", {**hand, **ours, **peers}),
-        "## One step with dropout\n\nCPU time for 4 layers, each with dropout: fabricfn's step without a key, with"
-        " `rng=ff.fold_in(key, opt.step)`, and after `torch.manual_seed(opt.step)`.\n",
-        table(results, {"randomness": "4 layers"}, "no key", seeding),
-        "## One step, two ranks\n\nWall time under ddp for 4 layers, against hand-written `DistributedDataParallel`"
-        " (`no_sync` for the first micro-batches).\n",
-        table(results, DDP_ROWS, "by hand", {**hand, **ours}),
-        "## The same bits on any number of ranks\n\nWall time of a step with 8 micro-batches a rank, for 4 layers:"
-        ' `accumulate(..., reduce="canonical")` against `reduce="mean"`; see [determinism](determinism.md). Alone:'
-        " `python -m tests.benchmarks --measure canonical"
-        ' \'{"size": 2, "layers": 4, "accumulation": 8, "rounds": 120}\'`.\n',
-        table(results, CANONICAL_ROWS, "mean", {"mean again (noise)": "again", "canonical": "canonical"}),
-        FSDP_HEAD,
-        table(results, FSDP_ROWS, "by hand", {**hand, **ours, **peers}),
-        "## Collectives, two ranks\n\nWall time for 200 small tensors, against a loop over them.\n",
-        table(results, COLLECTIVE_ROWS, "loop", collectives),
-        "## Around the step\n\nCPU time.\n",
-        table(results, INPUT_ROWS, "bare", {"bare again (noise)": "again", "fabricfn": "fabricfn"}),
-        "On two ranks the bare DataLoader gives all of the data to each rank; fabricfn gives every sample to"
-        " one, and lets the ranks vote whether all of them have further batches.\n",
-        table(results, STREAM_ROWS, "bare", {"bare again (noise)": "again", "fabricfn": "fabricfn"}),
-        SAVE_HEAD,
-        table(results, {"save": "save, one process"}, "bare", {**bare, **SAVERS}),
-        table(results, {"sharded save": "save, two ranks"}, "bare", {**bare, "DCP": "DCP"}),
-        "Loaded into new tensors from the page cache; fabricfn checks every byte, the others none. safetensors: mapped"
-        " and copied.\n",
-        table(results, {"load": "load, one process"}, "DCP", {**base, **LOADERS}),
-        table(results, {"sharded load": "load, two ranks"}, "DCP", base),
-        "How long `save(blocking=False)` holds up its caller, from the second save on, against one copy of the same"
-        " bytes into memory in use.\n",
-        table(results, {"stall": "one process"}, "copy", copies),
-        "Bytes read by a load of a part, manifest and headers included; a block of 4 MiB is read whole.\n",
-        parts_table(results),
-        table(results, {"imports": "importing"}, "import torch", first["imports"]),
-        table(results, {"first_step": "from nothing to the first step done"}, "by hand", first["first_step"]),
-        STARTING_HEAD,
-        table(results, STARTING_ROWS, "torch", {"torch again (noise)": "again", **FIRST_COLLECTIVE}),
-        table(results, {"starting default": "two ranks"}, "Lightning Fabric, spawn", SPAWNS),
-    ]
-    return "\n".join(parts)
+    parts = [section(results) if callable(section) else lines_of(section, results) for section in SECTIONS]
+    return "\n".join([HEAD.format(**results["machine"], processes=processes), *parts])

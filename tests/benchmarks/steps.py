@@ -1,114 +1,52 @@
-"""CPU time of one training step: forward, backward, AdamW; fabricfn against loops that people write."""
+"""One step of training: forward, backward, the optimizer; fabricfn against loops that people write."""
 
-import contextlib
-import importlib.util
-from collections.abc import Callable
-from typing import Any
+import time
+import warnings
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import fabricfn as ff
+from tests.benchmarks.jobs import job
+from tests.benchmarks.loops import by_fabricfn, loops
 from tests.benchmarks.timing import interleaved
 
-LEARNING_RATE = 1e-3
 
+def measure(
+    rt: ff.Runtime,
+    kind: str,
+    rounds: int,
+    way: str = "single",
+    accumulation: int = 1,
+    precision: str = "32-true",
+    rule: str = "AdamW",
+) -> dict[str, float]:
+    """Median seconds of a step by contender: of CPU on one process, on the clock of rank 0 on several.
 
-def make_net(layers: int) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(32, 32) for _ in range(layers)))
-
-
-def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(8, 32, generator=generator), torch.randn(8, 32, generator=generator)
-
-
-def loss_fn(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return F.mse_loss(net(x), y)
-
-
-def by_hand(layers: int, precision: str, fused: bool | None = None) -> Callable[[], None]:
-    net = make_net(layers)
-    optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, fused=fused)
-    x, y = make_batch()
-
-    def context() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with context():
-            loss = loss_fn(net, x, y)
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def by_fabricfn(layers: int, precision: str, donate: bool) -> Callable[[], None]:
-    rt = ff.init_runtime(accelerator="cpu", devices=1, precision=precision)
-    model = ff.setup_model(rt, make_net(layers))
-    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=LEARNING_RATE)
-    grad_fn = ff.value_and_grad(rt, loss_fn)
-    x, y = make_batch()
-
-    def step() -> None:
-        nonlocal model, opt
-        _, grads = grad_fn(model, x, y)
-        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
-
-    return step
-
-
-def by_fabric(layers: int, precision: str) -> Callable[[], None]:
-    from lightning_fabric import Fabric
-
-    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-    net = make_net(layers)
-    net, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), LEARNING_RATE))
-    x, y = make_batch()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss = loss_fn(net, x, y)
-        fabric.backward(loss)
-        optimizer.step()
-
-    return step
-
-
-def by_accelerate(layers: int, precision: str) -> Callable[[], None]:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16-mixed" else "no")
-    net = make_net(layers)
-    net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), LEARNING_RATE))
-    x, y = make_batch()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with accelerator.autocast():
-            loss = loss_fn(net, x, y)
-        accelerator.backward(loss)
-        optimizer.step()
-
-    return step
-
-
-def measure(layers: int, precision: str, rounds: int) -> dict[str, float]:
-    """Median seconds of CPU of one step, by contender."""
+    All of them must learn the same.
+    """
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a Linear returns a view; nobody writes into it
+    steps = loops(rt, kind, way, accumulation, precision, rule)
+    losses = {name: torch.stack([step().float() for _ in range(2)]) for name, step in steps.items()}
+    for name, found in losses.items():
+        if not torch.allclose(found, losses["plain"], rtol=1e-4 if precision == "32-true" else 1e-2):
+            raise AssertionError(f"{name} computes something else: losses {found}, by hand {losses['plain']}")
+    clock = time.process_time if way == "single" else time.perf_counter
+    return interleaved(steps, rounds, clock=clock, warmup=max(1, rounds // 10))
+
+
+def measure_single(precision: str = "32-true", **options: object) -> dict[str, float]:
+    """The same on one process."""
+    rt = ff.init_runtime(accelerator="cpu", devices=1, precision=precision)
+    return measure(rt, precision=precision, **options)  # type: ignore[arg-type]
+
+
+def measure_canonical(rt: ff.Runtime, kind: str, accumulation: int, rounds: int) -> dict[str, float]:
+    """Median seconds of one step on this rank with the default reduction and with the canonical one."""
+    torch.set_num_threads(1)
+    reductions = {"mean": "mean", "mean again (noise)": "mean", "canonical": "canonical"}
     contenders = {
-        "plain": by_hand(layers, precision),
-        "plain again (noise)": by_hand(layers, precision),
-        "fused": by_hand(layers, precision, fused=True),
-        "fabricfn, donated": by_fabricfn(layers, precision, donate=True),
-        "fabricfn, pure": by_fabricfn(layers, precision, donate=False),
+        name: by_fabricfn(rt, job(kind, rt.rank), accumulation, "AdamW", donate=True, reduce=how)
+        for name, how in reductions.items()
     }
-    if importlib.util.find_spec("lightning_fabric"):
-        contenders["Lightning Fabric"] = by_fabric(layers, precision)
-    if importlib.util.find_spec("accelerate"):
-        contenders["Accelerate"] = by_accelerate(layers, precision)
-    return interleaved(contenders, rounds, warmup=30)
+    return interleaved(contenders, rounds, clock=time.perf_counter, warmup=20)

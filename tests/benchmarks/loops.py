@@ -1,0 +1,169 @@
+"""The same training, as people write it: by hand, with fabricfn, Lightning Fabric, Accelerate.
+
+Each function returns a step, which returns the loss of its last micro-batch. A way is "single", "ddp" or "fsdp".
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fabricfn as ff
+from tests.benchmarks.jobs import Job, job
+
+LEARNING_RATE = 1e-3
+
+Step = Callable[[], torch.Tensor]
+
+
+def cut(net: nn.Module, unit: type[nn.Module], **options: Any) -> nn.Module:
+    """What one writes with FSDP2: every block, then the root."""
+    for module in net.modules():
+        if isinstance(module, unit):
+            fully_shard(module, **options)
+    fully_shard(net, **options)
+    return net
+
+
+def unsynchronised(net: Any, way: str, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Around a micro-batch: only the last one reduces gradients."""
+    if way == "ddp" and not last:
+        return net.no_sync()
+    if way == "fsdp":
+        net.set_requires_gradient_sync(last)
+    return contextlib.nullcontext()
+
+
+def by_hand(work: Job, way: str, accumulation: int, precision: str, rule: str, fused: bool | None = None) -> Step:
+    if way == "ddp":
+        net: Any = DistributedDataParallel(work.net)
+    else:
+        net = cut(work.net, work.unit) if way == "fsdp" else work.net
+    optimizer = getattr(torch.optim, rule)(net.parameters(), lr=LEARNING_RATE, fused=fused)
+
+    def context() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        for index in range(accumulation):
+            with unsynchronised(net, way, index == accumulation - 1) if accumulation > 1 else contextlib.nullcontext():
+                with context():
+                    loss = work.loss_fn(net, *work.batch)
+                (loss / accumulation if accumulation > 1 else loss).backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def by_fabricfn(rt: ff.Runtime, work: Job, accumulation: int, rule: str, donate: bool, **options: Any) -> Step:
+    """`options` are those of `ff.accumulate`."""
+    model = ff.setup_model(rt, work.net)
+    opt = ff.setup_optimizer(rt, model, getattr(torch.optim, rule), lr=LEARNING_RATE)
+    several = ff.accumulate(rt, work.loss_fn, **options)
+    one = ff.value_and_grad(rt, work.loss_fn)
+
+    def step() -> torch.Tensor:
+        nonlocal model, opt
+        loss, grads = one(model, *work.batch) if accumulation == 1 else several(model, [work.batch] * accumulation)
+        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
+        return loss
+
+    return step
+
+
+def by_fabric(rt: ff.Runtime, work: Job, way: str, accumulation: int, precision: str, rule: str) -> Step:
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    strategies: dict[str, Callable[[], Any]] = {
+        "single": lambda: "auto",
+        "ddp": DDPStrategy,
+        "fsdp": lambda: ModelParallelStrategy(
+            lambda net, mesh: cut(net, work.unit, mesh=mesh["data_parallel"]),
+            data_parallel_size=rt.world_size,
+            tensor_parallel_size=1,
+        ),
+    }
+    fabric = Fabric(accelerator="cpu", devices=rt.world_size, strategy=strategies[way](), precision=precision)
+    fabric.launch()
+    net = fabric.setup(work.net)
+    optimizer = fabric.setup_optimizers(getattr(torch.optim, rule)(net.parameters(), lr=LEARNING_RATE))
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        for index in range(accumulation):
+            waits = accumulation > 1 and index < accumulation - 1
+            with fabric.no_backward_sync(net) if waits else contextlib.nullcontext():
+                loss = work.loss_fn(net, *work.batch)
+                fabric.backward(loss / accumulation if accumulation > 1 else loss)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def by_accelerate(work: Job, way: str, accumulation: int, precision: str, rule: str) -> Step:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[work.unit.__name__],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision="bf16" if precision == "bf16-mixed" else "no",
+        gradient_accumulation_steps=accumulation,
+        fsdp_plugin=plugin if way == "fsdp" else None,
+    )
+    if way == "fsdp" and not accelerator.is_fsdp2:  # on CPU ranks Accelerate puts DDP in its place, without a word
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    net, optimizer = accelerator.prepare(work.net, getattr(torch.optim, rule)(work.net.parameters(), lr=LEARNING_RATE))
+    assert isinstance(net, {"single": nn.Module, "ddp": DistributedDataParallel, "fsdp": FSDPModule}[way])
+
+    def step() -> torch.Tensor:
+        for _ in range(accumulation):
+            with accelerator.accumulate(net) if accumulation > 1 else contextlib.nullcontext():
+                with accelerator.autocast():
+                    loss = work.loss_fn(net, *work.batch)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def loops(rt: ff.Runtime, kind: str, way: str, accumulation: int, precision: str, rule: str) -> dict[str, Step]:
+    """By name, of all that is installed; all begin at the same weights, each with the batch of its rank."""
+    if way != "single":
+        os.environ |= {"RANK": str(rt.rank), "LOCAL_RANK": str(rt.rank), "WORLD_SIZE": str(rt.world_size)}
+
+    def work() -> Job:
+        return job(kind, rt.rank)
+
+    found = {
+        "plain": by_hand(work(), way, accumulation, precision, rule),
+        "plain again (noise)": by_hand(work(), way, accumulation, precision, rule),
+        "fused": by_hand(work(), way, accumulation, precision, rule, fused=True),
+        "fabricfn, donated": by_fabricfn(rt, work(), accumulation, rule, donate=True),
+        "fabricfn, pure": by_fabricfn(rt, work(), accumulation, rule, donate=False),
+    }
+    if find_spec("lightning_fabric"):
+        found["Lightning Fabric"] = by_fabric(rt, work(), way, accumulation, precision, rule)
+    if find_spec("accelerate"):
+        found["Accelerate"] = by_accelerate(work(), way, accumulation, precision, rule)
+    return found
