@@ -108,7 +108,7 @@ def reliability(session: nox.Session) -> None:
 
 @nox.session
 def plots(session: nox.Session) -> None:
-    """Draw docs/resume.svg (the digits, six times: a minute on two cores) and docs/ratios.svg. Not part of the round."""
+    """Draw docs/resume.svg (the digits, six times: a minute on two cores) and docs/ratios.svg. Not in the round."""
     python(session, "docs/plots/resume.py")
     python(session, "docs/plots/ratios.py")
 
