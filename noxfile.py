@@ -5,6 +5,7 @@ a second copy of it per session would cost minutes and gigabytes without testing
 """
 
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -117,3 +118,37 @@ def benchmarks(session: nox.Session) -> None:
     """Measure, and write docs/benchmarks.md; about half an hour on two idle cores. Not part of the round."""
     python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[bench]")
     python(session, "-m", "tests.benchmarks", *session.posargs)
+
+
+@nox.session(venv_backend="venv")
+def docs(session: nox.Session) -> None:
+    """The site, in docs/_build/html; a warning is an error. And the tutorial, as it stands. Not part of the round."""
+    beside(session, "-e", ".[docs]")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "docs", "docs/_build/html", env=ENV)
+    session.run("python", "tests/programs/tutorial.py", env=ENV)
+
+
+@nox.session(venv_backend="venv")
+def changelog(session: nox.Session) -> None:
+    """The section that changes/ makes of the next version; `-- build` writes it. Not part of the round."""
+    beside(session, "-e", ".", "towncrier>=24.8")
+    session.run("python", "-m", "towncrier", *(session.posargs or ("build", "--draft")))
+
+
+@nox.session(venv_backend="venv")
+def build(session: nox.Session) -> None:
+    """Wheel and sdist into dist/, each installed from nothing and tried. Not part of the round.
+
+    From nothing: torch too, which pip takes as `constraints.txt` says.
+    """
+    session.install("build>=1.2")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist")
+    session.run("python", "-m", "pip", "uninstall", "-q", "-y", "build", "pyproject_hooks", "packaging")
+    trial = Path("tests/programs/installed.py").resolve()
+    for kind, options in (("*.whl", ()), ("*.tar.gz", ("--force-reinstall", "--no-deps"))):
+        (package,) = Path("dist").glob(kind)
+        session.install("-c", "constraints.txt", *options, str(package))
+        with session.chdir(session.create_tmp()):
+            session.run("python", "-I", "-W", "error", str(trial), env=ENV)
+            session.run("fabricfn", "--help", silent=True)

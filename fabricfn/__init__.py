@@ -5,6 +5,8 @@ Start with `docs/loop.md`. `import fabricfn` imports nothing: a name is looked u
 
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from fabricfn import (
         errors as errors,

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fabricfn", description="Training PyTorch models with pure functions.")
+    version = import_module("fabricfn").__version__
+    parser.add_argument("--version", action="version", version=f"fabricfn {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("env", help="what is installed and which launcher was found, for a bug report")
     add_commands(commands)

@@ -71,7 +71,8 @@ def test_the_reference_lists_exactly_the_public_names():
 
 
 def test_the_changelog_names_every_public_name():
-    changelog = (ROOT / "CHANGELOG.md").read_text()
+    entries = [ROOT / "CHANGELOG.md", *(ROOT / "changes").glob("*.md")]
+    changelog = "".join(entry.read_text() for entry in entries)
     assert [name for name in ff.__all__ if f"`{name}`" not in changelog] == []
 
 

@@ -58,7 +58,7 @@ def consolidate(
             reads: a file of PyTorch or safetensors, a folder of Hugging Face's or torch.distributed.checkpoint's.
         target: a folder, made if it is missing. An older export there is replaced; other files stay as they are. A name
             that ends in `.safetensors` is one file; in `.pt`, `.pth`, `.bin` or `.ckpt` a state dict by `torch.save`.
-        only: which entries, by path ("model", "ema/params/*"). By default the `Model`s of the tree, or another tool's
+        only: which entries, by path ("model", "ema/params/*"). By default the models of the tree, or another tool's
             state dicts. Parameters and buffers of one Model bear their own names; of several, the path before them
             ("student.0.weight"). Where no Model is selected, tensors bear the path below what they have in common.
         max_shard_size: bytes, for a folder. Where all tensors fit, there is one file, `model.safetensors`; otherwise
