@@ -8,7 +8,7 @@ import torch
 
 from fabricfn.binding import engine_of
 from fabricfn.engine import named_modules
-from fabricfn.records import Model
+from fabricfn.records import Grads, Model
 from fabricfn.tree import tree_flatten, tree_unflatten
 
 M = TypeVar("M")
@@ -71,22 +71,22 @@ def train_mode(models: M) -> M:
     return map_models(train, models)
 
 
-def map_params(f: Callable[..., torch.Tensor], model: Model, *others: Model) -> Model:
-    """`f` on the floating parameters of one or several models of the same shapes: averages, EMA, interpolation.
+def map_params(f: Callable[..., torch.Tensor], model: Model, *others: Model | Grads) -> Model:
+    """`f` on the floating parameters of one or several models of the same shapes: averages, EMA, steps along gradients.
 
-    Other parameters come from the first model; buffers and the loss scale from the last, since an average of counters
-    is nonsense and the statistics belong to the newest values. Not collective, unless `f` is: of sharded models it gets
+    Other parameters come from the first model, and so do those whose gradient is None; buffers and the loss scale come
+    from the last one, since an average of counters is nonsense and the statistics belong to the newest values. Not collective, unless `f` is: of sharded models it gets
     DTensors, whose arithmetic number by number stays on the rank.
 
     Args:
         f: takes one tensor per model and returns a new tensor of the same shape.
-        model, others: models of the same names and shapes, of one engine or of several.
+        model, others: models, and gradients, of the same names and shapes, of one engine or of several.
 
     Returns:
         A new Model on the first model's engine, in its training mode. It can be evaluated and trained.
 
     Raises:
-        DonatedError: one of the models was given away.
+        DonatedError: one of them was given away.
 
     Example:
         >>> import torch, fabricfn as ff
@@ -97,12 +97,16 @@ def map_params(f: Callable[..., torch.Tensor], model: Model, *others: Model) -> 
         >>> torch.equal(ema.params["bias"], 0.9 * model.params["bias"])
         True
     """
-    for one in (model, *others):
-        one.lease.check("Model")
+    given = (model, *others)
+    for one in given:
+        one.lease.check(type(one).__name__)
+
+    def mapped(name: str, value: torch.Tensor) -> torch.Tensor:
+        rest = [other.params[name] for other in others]
+        moves = value.is_floating_point() and all(one is not None for one in rest)
+        return f(value, *rest) if moves else value.clone()
+
     with torch.no_grad():
-        params = {
-            name: f(value, *(other.params[name] for other in others)) if value.is_floating_point() else value.clone()
-            for name, value in model.params.items()
-        }
-    last = (model, *others)[-1]
+        params = {name: mapped(name, value) for name, value in model.params.items()}
+    last = [one for one in given if isinstance(one, Model)][-1]
     return dataclasses.replace(model, params=params, buffers=last.buffers, loss_scale=last.loss_scale)

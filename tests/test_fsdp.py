@@ -529,6 +529,19 @@ def test_mixed_precision_gathers_in_the_low_dtype_and_keeps_the_high_one(ranks, 
                 torch.testing.assert_close(found[name].double(), grad, rtol=0.05, atol=0.05)
 
 
+def normalised(rt, gather_dtype):
+    strategy = ff.strategies.fsdp(gather_dtype=gather_dtype)
+    rt = dataclasses.replace(rt, strategy=strategy, precision=ff.Precision.parse("bf16-mixed"))
+    model = ff.setup_model(rt, nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 1)))
+    ff.value_and_grad(rt, lambda net, x: net(x).square().mean())(model, torch.ones(3, 4))
+
+
+def test_a_normalisation_of_wider_inputs_is_refused_with_what_to_write(threads):
+    with pytest.raises(ff.CapabilityError, match=r"gather_dtype=torch.float32"):
+        threads.run(normalised, None, world_size=2)
+    threads.run(normalised, torch.float32, world_size=2)
+
+
 def reducing(rt):
     precision = ff.Precision(reduce_dtype=torch.bfloat16)
     rt = dataclasses.replace(rt, strategy=ff.strategies.fsdp(), precision=precision)

@@ -146,6 +146,18 @@ def test_a_plain_module_comes_back(rt):
     assert all(torch.equal(value, whole(model.params[name])) for name, value in ff.gather_params(rt, model).items())
 
 
+def test_a_step_along_gradients_by_map_params(rt):
+    model = ff.setup_model(rt, fresh())
+    _, grads = ff.value_and_grad(rt, loss_fn)(model, data(8, 4), data(8, 4, seed=2))
+    assert grads.params["fixed.weight"] is None  # which stays
+    found = ff.map_params(lambda value, grad: value - 0.1 * grad, model, grads)
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    expected, _ = ff.optimizer_step(rt, model, opt, grads)
+    for name, value in expected.params.items():
+        torch.testing.assert_close(whole(found.params[name]), whole(value), rtol=0, atol=1e-12)
+    assert all(torch.equal(value, model.buffers[name]) for name, value in found.buffers.items())
+
+
 def test_aux_is_detached_and_any_tree(rt):
     model = ff.setup_model(rt, fresh())
 

@@ -176,6 +176,8 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
         except RuntimeError as error:
             if went_back(shards.box):
                 raise inner_backward() from error
+            if "mixed dtype (CPU)" in str(error):
+                raise mixed_dtypes() from error
             if "DTensor" in str(error) or "differentiated" in str(error):
                 raise outside(shards) from error
             raise
@@ -227,6 +229,15 @@ def inner_backward() -> CapabilityError:
         " let its units go. Derivatives inside a loss need strategy=ff.strategies.fsdp(units=None), which gathers the"
         ' whole model at once, or "functional", or "ddp". A first one with respect to inputs can be computed before:'
         " torch.autograd.grad over ff.apply(rt, model, x)."
+    )
+
+
+def mixed_dtypes() -> CapabilityError:
+    """The error for a normalisation on a CPU, whose kernels take low weights with low inputs alone."""
+    return CapabilityError(
+        "a normalisation got weights in the low dtype in which fsdp gathered them and an input in float32, which the"
+        " kernels of the CPU do not take. Write strategy=ff.strategies.fsdp(gather_dtype=torch.float32), which sends"
+        " twice the bytes, or let the input of the net be in the low dtype."
     )
 
 
