@@ -75,8 +75,8 @@ def map_params(f: Callable[..., torch.Tensor], model: Model, *others: Model | Gr
     """`f` on the floating parameters of one or several models of the same shapes: averages, EMA, steps along gradients.
 
     Other parameters come from the first model, and so do those whose gradient is None; buffers and the loss scale come
-    from the last one, since an average of counters is nonsense and the statistics belong to the newest values. Not collective, unless `f` is: of sharded models it gets
-    DTensors, whose arithmetic number by number stays on the rank.
+    from the last one, since an average of counters is nonsense and the statistics belong to the newest values. Not
+    collective, unless `f` is: of sharded models it gets DTensors, whose arithmetic number by number stays on the rank.
 
     Args:
         f: takes one tensor per model and returns a new tensor of the same shape.
