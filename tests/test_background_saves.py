@@ -473,12 +473,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", ["ends", "returns", "raises"])
-def test_ranks_that_end_at_once_save_to_the_end(tmp_path, how):
+def test_ranks_that_end_at_once_save_to_the_end_and_those_that_fail_all_or_nothing(tmp_path, how):
     (tmp_path / "train.py").write_text("import sys, torch, fabricfn as ff\n" + AT_ONCE)
     process = subprocess.run([sys.executable, tmp_path / "train.py", tmp_path, how], check=False, capture_output=True,
                              text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert (process.returncode == 0) == (how != "raises"), process.stderr
-    assert sum(ff.load(RT, tmp_path / "c")["w"]).sum() == 2_400_000
+    if how != "raises" or (tmp_path / "c").exists():  # ranks of a job that failed are ended within seconds
+        assert sum(ff.load(RT, tmp_path / "c")["w"]).sum() == 2_400_000
 
 
 FORKING = """
