@@ -986,7 +986,7 @@ def test_the_optimizer_keeps_no_model_alive():
     assert len(kept) == len(opts)
 
 
-def test_the_common_optimizers_do_not_import_dynamo():
+def test_a_plain_step_imports_neither_dynamo_nor_dtensor():  # which take a second each
     code = (
         "import sys, torch, fabricfn as ff\n"
         "rt = ff.init_runtime(accelerator='cpu', devices=1)\n"
@@ -996,7 +996,7 @@ def test_the_common_optimizers_do_not_import_dynamo():
         "    opt = ff.setup_optimizer(rt, model, cls, lr=0.1)\n"
         "    _, grads = grad_fn(model, torch.ones(2, 2))\n"
         "    model, opt = ff.optimizer_step(rt, model, opt, grads)\n"
-        "assert 'torch._dynamo' not in sys.modules\n"
+        "assert not {'torch._dynamo', 'torch.distributed.tensor', 'sympy'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
