@@ -1,4 +1,4 @@
-"""ddp and functional on real gloo ranks: the cases in which torch's reducer, driven naively, is silently wrong."""
+"""ddp, functional and flat on real gloo ranks: the cases in which torch's reducer, driven naively, is silently wrong."""
 
 import dataclasses
 
@@ -8,14 +8,16 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fabricfn as ff
 from fabricfn import sharding
-from fabricfn.strategies import ddp
+from fabricfn.strategies import ddp, flat
 from tests.worlds import world_of
 
 DISTRIBUTED = {name: make for name, make in ff.strategies.NAMES.items() if make().max_ranks is None}
 DISTRIBUTED["find_unused"] = lambda: ddp(find_unused_parameters=True)
+DISTRIBUTED["flat, many buckets"] = lambda: flat(bucket_cap_mb=0.0001)
 
 
 ranks = world_of("processes", 3)
@@ -99,7 +101,7 @@ def rank_dependent(rt):
     return lambda net, x: rank_loss(rt.rank, net, x)
 
 
-@pytest.mark.parametrize("strategy", ["functional", "find_unused"])
+@pytest.mark.parametrize("strategy", ["functional", "find_unused", "flat", "flat, many buckets"])
 def test_unused_parameters_are_none_only_where_no_rank_used_them(ranks, strategy):
     assert_all(ranks.run(unused_somewhere, strategy=DISTRIBUTED[strategy](), precision=64, world_size=2))
 
@@ -383,7 +385,7 @@ def unequal_statistics(rt):
     return dict(grads.new_buffers), dict(quiet.new_buffers)
 
 
-@pytest.mark.parametrize("strategy", ["functional", "find_unused"])
+@pytest.mark.parametrize("strategy", ["functional", "find_unused", "flat", "flat, many buckets"])
 def test_statistics_that_change_on_some_ranks_only_are_not_mixed_up(ranks, strategy):
     (a, quiet_a), (b, quiet_b) = ranks.run(
         unequal_statistics, strategy=DISTRIBUTED[strategy](), precision=64, world_size=2
@@ -484,3 +486,23 @@ def garbage(rt):
 @pytest.mark.parametrize("strategy", DISTRIBUTED)
 def test_a_batch_does_not_wait_for_the_garbage_collector(ranks, strategy):
     assert_all(ranks.run(garbage, strategy=DISTRIBUTED[strategy](), precision=64, world_size=2))
+
+
+def inner_backward(rt):
+    def loss_fn(net, x):
+        hidden = checkpoint(net[0], x.requires_grad_(), use_reentrant=True)  # net[0] is used inside and outside of it
+        return net[2](net[1](net[0](hidden))).square().mean()
+
+    model = ff.setup_model(rt, mlp())
+    expected = single_grads(loss_fn)[1]
+    for _ in range(2):
+        assert_close(ff.value_and_grad(rt, loss_fn)(model, batch(rt))[1], expected)
+    sparse = ff.setup_model(rt, nn.Embedding(4, 2, sparse=True))
+    with pytest.raises(ff.CapabilityError, match='strategy="ddp"'):
+        ff.value_and_grad(rt, lambda net, x: net(x).sum())(sparse, torch.tensor([1]))
+    return True
+
+
+@pytest.mark.parametrize("strategy", ["flat", "flat, many buckets"])
+def test_flat_buckets_wait_for_gradients_that_come_twice_and_refuse_sparse_ones(ranks, strategy):
+    assert_all(ranks.run(inner_backward, strategy=DISTRIBUTED[strategy](), precision=64, world_size=2))

@@ -18,6 +18,8 @@ from tests.worlds import few, world_of
 # A further strategy is a further row: everything below is held by it.
 STRATEGIES = {
     "functional": ff.strategies.functional(),
+    "flat": ff.strategies.flat(),
+    "flat, many buckets": ff.strategies.flat(bucket_cap_mb=0.0001),
     "ddp": ff.strategies.ddp(),
     "ddp, many buckets": ff.strategies.ddp(bucket_cap_mb=0.0001),
     "ddp, bucket views": ff.strategies.ddp(gradient_as_bucket_view=True),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fabricfn.errors import ConfigurationError
 from fabricfn.strategies.ddp import ddp as ddp
 from fabricfn.strategies.dp import dp as dp
+from fabricfn.strategies.flat_buckets import flat as flat
 from fabricfn.strategies.functional import functional as functional
 from fabricfn.strategies.single import single as single
 from fabricfn.strategies.xla import xla as xla
@@ -44,6 +45,7 @@ NAMES: dict[str, Callable[[], Strategy]] = {
     "single": single,
     "ddp": ddp,
     "functional": functional,
+    "flat": flat,
     "fsdp": _fsdp,
 }
 
