@@ -1,4 +1,4 @@
-"""ddp, functional and flat on real gloo ranks: the cases in which torch's reducer, driven naively, is silently wrong."""
+"""ddp, functional and flat on gloo ranks: the cases in which torch's reducer, driven naively, is silently wrong."""
 
 import dataclasses
 

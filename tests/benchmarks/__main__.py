@@ -39,6 +39,7 @@ def on_two_ranks(function: Any, **options: Any) -> Any:
 MEASURES = {
     "steps": steps.measure_single,
     "ddp": functools.partial(on_ranks, steps.measure, way="ddp", strategy="ddp"),
+    "flat": functools.partial(on_ranks, steps.measure, way="ddp", strategy="flat"),
     "fsdp": functools.partial(on_ranks, steps.measure, way="fsdp", strategy="fsdp"),
     "canonical": functools.partial(on_ranks, steps.measure_canonical),
     "randomness": randomness.measure,
@@ -66,6 +67,7 @@ RANKS = (
     *(("ddp", 2, "4 layers", k, r) for k, r in ((1, 300), (8, 120))),
     ("ddp", 4, "4 layers", 1, 150),
     *(("ddp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 2))),
+    *(("flat", 2, kind, k, r) for kind, k, r in (("4 layers", 1, 300), ("4 layers", 8, 120), ("GPT", 1, 8))),
     *(("fsdp", 2, "8 blocks", k, r) for k, r in ((1, 60), (8, 12))),
     *(("fsdp", 2, "4 encoder layers", k, r) for k, r in ((1, 16), (8, 4))),
     *(("fsdp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 2))),
