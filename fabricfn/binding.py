@@ -6,9 +6,10 @@ import torch
 from torch.func import functional_call
 
 from fabricfn.engine import Box, Engine, Frame, named_modules
-from fabricfn.errors import ModelError
+from fabricfn.errors import CapabilityError, ModelError
 from fabricfn.leases import increment_version
 from fabricfn.records import Model
+from fabricfn.tracing import tracing
 from fabricfn.tree import path_name, tree_leaves, tree_paths
 
 transforming = torch._C._are_functorch_transforms_active
@@ -42,6 +43,11 @@ def acquire(model: Model, *, frozen: bool) -> Frame:
     A hot loop finds the first frame bound to the very lease: two attribute reads.
     """
     engine = engine_of(model)
+    if tracing() and not engine.traced:
+        raise CapabilityError(
+            "a compiled step takes its models as arguments; this Model came from outside, and its values would be part"
+            " of the graph for ever. Write step(model, other, ...) and pass it at every call."
+        )
     frame = idle(engine, frozen=frozen)
     if model.lease is not frame.owner:
         bind(engine, frame, model)
@@ -167,6 +173,7 @@ def changed_buffers(frame: Frame, model: Model) -> dict[str, torch.Tensor]:
 
     Native batch normalisation writes its statistics without bumping their version (measured), so a floating buffer of
     a module in training mode counts as changed unless it can be compared without waiting for an accelerator.
+    (A traced one cannot.)
     """
     changed: dict[str, torch.Tensor] = {}
     for name, places in frame.places.items():
@@ -180,7 +187,7 @@ def changed_buffers(frame: Frame, model: Model) -> dict[str, torch.Tensor]:
         training = name.rpartition(".")[0] in model.training
         if new is not copy:
             changed[name] = new.detach().clone()
-        elif new._version or (training and not (new.device.type == "cpu" and torch.equal(new, old))):
+        elif new._version or (training and not (new.device.type == "cpu" and not tracing() and torch.equal(new, old))):
             changed[name] = new
     for name, places in frame.absent.items():
         if any(buffers[key] is not None for buffers, key in places):

@@ -14,6 +14,7 @@ from fabricfn.records import Grads, watching
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import any_sharded, counted_here, is_sharded, local_of, with_locals
 from fabricfn.states import overlap
+from fabricfn.tracing import tracing
 from fabricfn.tree import tree_flatten, tree_unflatten
 from fabricfn.watching import collective
 from fabricfn.world import World
@@ -103,7 +104,8 @@ def clip_gradients(
             tensors = [local_of(tensor) for tensor in tensors]
         if error_if_nonfinite and not torch.isfinite(total_norm):
             raise GradientError(_blame(records, total_norm, rt.global_rank))
-        in_place = donate and overlap(tensors) is None  # a sum's two gradients may be views of one memory
+        # a sum's two gradients may be views of one memory; a graph decides by itself what is in place
+        in_place = donate and not tracing() and overlap(tensors) is None
         clipped = _clip(tensors, total_norm, max_norm, clip_val, in_place, rt.precision.loss_scale is not None)
         if whole is not None:
             clipped = with_locals(whole, clipped)

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -57,6 +57,15 @@ def copy_module(
 
     Ties, hooks and parametrisations are kept; activations that a module keeps in attributes come without their graph.
     """
+    slots = [
+        nn.Parameter(place(slot.detach()), requires_grad=slot.requires_grad and not frozen)
+        for slot in module.parameters()
+    ]
+    return copy_onto(module, slots, [place_buffer(buffer.detach()) for buffer in module.buffers()])
+
+
+def copy_onto(module: nn.Module, slots: Iterable[torch.Tensor], buffers: Iterable[torch.Tensor]) -> nn.Module:
+    """A deep copy with these tensors in place of its parameters and buffers."""
     memo: dict[int, Any] = {}
     for _, part in named_modules(module):
         for kept in vars(part).values():
@@ -64,10 +73,8 @@ def copy_module(
             for value in values:
                 if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                     memo[id(value)] = value.detach().clone()
-    for slot in module.parameters():
-        memo[id(slot)] = nn.Parameter(place(slot.detach()), requires_grad=slot.requires_grad and not frozen)
-    for buffer in module.buffers():
-        memo[id(buffer)] = place_buffer(buffer.detach())
+    memo |= {id(old): new for old, new in zip(module.parameters(), slots, strict=True)}
+    memo |= {id(old): new for old, new in zip(module.buffers(), buffers, strict=True)}
     return copy.deepcopy(module, memo)
 
 

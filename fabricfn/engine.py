@@ -16,6 +16,7 @@ from torch import nn
 
 from fabricfn.errors import GradientError
 from fabricfn.sharding import local_of
+from fabricfn.tracing import tracing
 from fabricfn.tree import tree_unflatten
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class Engine:
     """Lets the slots of a frame look at values."""
     mend: Callable[[Frame], None]
     """Makes a broken frame fit for use again."""
+    traced: bool = False
+    """It stands in for another one while a step is traced: see [Note: traced]."""
 
 
 def named_modules(net: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -150,6 +153,11 @@ def separate(slots: Iterable[torch.Tensor]) -> int:
     Returns:
         How many of the slots have a gradient: what is added to these later is added in place.
     """
+    if tracing():  # there is no memory yet
+        held = [slot for slot in slots if slot.grad is not None]
+        for slot in held:
+            slot.grad = cast(torch.Tensor, slot.grad).clone()
+        return len(held)
     grads = [(local_of(slot.grad), slot) for slot in slots if slot.grad is not None]
     found = [(part.data_ptr(), part, slot) for part, slot in grads]
     end = 0

@@ -38,6 +38,8 @@ class Lease:
     """Where the values were given away; None while they are alive."""
     frames: Sequence[Frame] = ()
     """The frames whose slots point to these values now."""
+    known: Any = None
+    """What a compiled step found out about the values, to be spared the next time: see `compiling.arguments`."""
     apart: bool = False
     """A donated step made the values, and found that no two that it changes share memory."""
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 
 from fabricfn.errors import GradientError
+from fabricfn.flat import all_reduce
+from fabricfn.tracing import tracing
 from fabricfn.tree import tree_map
 from fabricfn.world import World
 
@@ -85,6 +87,9 @@ def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
         return sums.loss if sums.count == 1 else sums.loss / sums.count, unscale
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.wire) for part in (sums.loss, sums.weight)])
+    if tracing():  # weights that sum to zero give NaN
+        loss, weight = all_reduce([both], world.group, "sum")[0].unbind()
+        return (loss / weight).to(sums.loss.dtype if sums.loss.is_floating_point() else dtype), world.world_size / weight
     if world.group is not None:
         dist.all_reduce(both, group=world.group)
     loss, weight = cast("list[float]", both.tolist())

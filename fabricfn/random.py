@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from fabricfn.errors import CapabilityError, ConfigurationError
+from fabricfn.tracing import tracing
 
 CPU = torch.device("cpu")
 SIGN = 1 << 63
@@ -23,7 +24,7 @@ class Key:
     """A source of randomness: plain data, 64 bits. The same key gives the same numbers, always and everywhere."""
 
     bits: int
-    """0 .. 2**64 - 1."""
+    """0 .. 2**64 - 1. In a step that is traced, what stands for them: `folded(data)`, `enter()`, `leave()`."""
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A new `torch.Generator` on `device`, seeded by this key."""
@@ -37,6 +38,10 @@ class Key:
 
 def _mix(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _under(bits: Any, data: int) -> Any:
+    return _mix(b"%d,%d" % (bits, data)) if type(bits) is int else bits.folded(data)
 
 
 def key(seed: int) -> Key:
@@ -80,7 +85,7 @@ def fold_in(key: Key, data: int) -> Key:
         False
     """
     check_key(key)
-    return Key(_mix(b"%d,%d" % (key.bits, data)))
+    return Key(_under(key.bits, data))
 
 
 def split(key: Key, num: int = 2) -> tuple[Key, ...]:
@@ -115,18 +120,32 @@ class seeded:
 
     def __init__(self, key: Key, device: torch.device, index: int | None = None) -> None:
         check_key(key)
-        bits = key.bits if index is None else _mix(b"%d,%d" % (key.bits, index))
-        self._seed = bits ^ SIGN
+        bits = key.bits if index is None else _under(key.bits, index)
+        self._seed = bits ^ SIGN if type(bits) is int else bits
         self._other = None if device == CPU else device_generator(device)
 
     def __enter__(self) -> None:
+        if tracing():
+            self._enter_traced()
+            return
         self._state = torch.default_generator.get_state()
         if self._other is not None:
             self._other_state = self._other.get_state()
             self._other.manual_seed(self._seed)
         torch.default_generator.manual_seed(self._seed)
 
+    def _enter_traced(self) -> None:
+        if type(self._seed) is int:
+            raise CapabilityError(
+                "a compiled step takes its random key as an argument: one from outside would give the same numbers in"
+                " every step. Write step(model, ..., rng) and pass rng=ff.fold_in(key, opt.step) at every call."
+            )
+        self._seed.enter()
+
     def __exit__(self, *_: object) -> None:
+        if type(self._seed) is not int:
+            self._seed.leave()
+            return
         torch.default_generator.set_state(self._state)
         if self._other is not None:
             self._other.set_state(self._other_state)

@@ -13,6 +13,7 @@ from fabricfn.errors import MismatchError
 from fabricfn.runs import flatten_models
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import is_sharded
+from fabricfn.tracing import tracing
 from fabricfn.tree import Tree
 from fabricfn.watching import collective
 
@@ -78,7 +79,7 @@ def now_and_then(rt: Runtime, grad_fn: Callable[..., Any]) -> Callable[..., Any]
 
     def call(models: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        if calls % EVERY == 0:
+        if calls % EVERY == 0 and not tracing():
             check_replicas(rt, [dict(model.params) for model in flatten_models(models)[0]])
         calls += 1
         return grad_fn(models, *args, **kwargs)

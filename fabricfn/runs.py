@@ -21,6 +21,7 @@ from fabricfn.records import Grads, Model
 from fabricfn.runtimes import Runtime
 from fabricfn.scaling import shared_scale
 from fabricfn.sharding import local_of, with_locals
+from fabricfn.tracing import tracing
 from fabricfn.tree import tree_flatten, tree_unflatten
 from fabricfn.world import World
 
@@ -160,7 +161,7 @@ def run_one(
             release(frame)
 
 
-def scale(taken: list[list[torch.Tensor | None]], factor: float) -> list[list[torch.Tensor | None]]:
+def scale(taken: list[list[torch.Tensor | None]], factor: Any) -> list[list[torch.Tensor | None]]:
     """The gradients times a number; not in place, since two parameters' gradients may be views of one tensor."""
     present = [grad for grads in taken for grad in grads if grad is not None]
     if present:
@@ -233,8 +234,8 @@ def one_ahead(microbatches: Iterable[Any]) -> Iterator[Microbatch]:
 
 def counts_of(count: int, world: World) -> list[int]:
     """How many micro-batches each rank has. Every rank must call it."""
-    if world.group is None:
-        return [count]
+    if world.group is None or tracing():  # ranks that run one graph have equally many
+        return [count] * world.world_size
     (counts,) = flat.all_gather([torch.tensor(count, device=world.wire)], world.group)
     return cast("list[int]", counts.tolist())
 

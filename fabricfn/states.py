@@ -20,6 +20,7 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.leases import Lease, versions_of
 from fabricfn.records import Ref, Static
 from fabricfn.sharding import local_of, part_for
+from fabricfn.tracing import tracing
 from fabricfn.tree import TreeSpec, path_name, register, tree_flatten, tree_leaves, tree_paths, tree_unflatten
 
 
@@ -147,6 +148,8 @@ def addresses(leaves: Iterable[Any]) -> list[int]:
     Of a DTensor it is the memory of this rank's part.
     """
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if tracing():  # there is no memory yet, but it is known which tensors will share it
+        return [tensor.untyped_storage()._cdata for tensor in tensors]
     try:
         places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
     except RuntimeError:

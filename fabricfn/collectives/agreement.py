@@ -19,7 +19,8 @@ import torch
 from fabricfn import flat
 from fabricfn.collectives.groups import Members, device_for_words
 from fabricfn.collectives.messages import all_gather_bytes
-from fabricfn.errors import FabricfnError, MismatchError
+from fabricfn.errors import CapabilityError, FabricfnError, MismatchError
+from fabricfn.tracing import tracing
 from fabricfn.tree import Leaf, Tree, TreeSpec, path_name, tree_flatten, tree_paths
 from fabricfn.world import World
 
@@ -104,6 +105,8 @@ def agree(
         if problem is not None:
             raise problem
         return Agreement(same_tree=True, same_aliases=True)
+    if tracing():
+        raise CapabilityError(f"{call} sends messages of its own, which a compiled step cannot. Call it outside of it.")
     device = device_for_words(world, members.group)
     mine = words(call, parcel, problem)
     rows = cast("list[list[int]]", flat.all_gather([torch.tensor(mine, device=device)], members.group)[0].tolist())

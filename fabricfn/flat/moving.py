@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from fabricfn.flat.buckets import Tensors, complete, join, join_rows, plan, split
 from fabricfn.flat.hosting import over_the_host
-from fabricfn.flat.wire import Group, as_bytes, broadcast_into, exchanged, gathered, group_size
+from fabricfn.flat.wire import Group, as_bytes, broadcast_in_place, exchanged, gathered, group_size
 
 PIECE = 1 << 22
 """Bytes of all ranks together that `share` moves at once of one tensor."""
@@ -88,12 +88,7 @@ def broadcast(tensors: Tensors, src: int, group: Group) -> list[torch.Tensor]:
     """The tensors of rank `src` of the group; the other ranks' give shapes, dtypes and devices."""
     buckets = plan(tensors)
     buffers = [join([tensors[place] for place in places]) for places in buckets]
-    works: list[dist.Work | None] = [
-        broadcast_into(as_bytes(buffer), group_src=src, group=group, async_op=True)
-        if group is not None and buffer.numel()
-        else None
-        for buffer in buffers
-    ]
+    works = [broadcast_in_place(buffer, src, group) for buffer in buffers]
     results: list[torch.Tensor | None] = [None] * len(tensors)
     for places, buffer, work in zip(buckets, buffers, works, strict=True):
         if work is not None:

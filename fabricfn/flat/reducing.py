@@ -19,6 +19,7 @@ from fabricfn.flat.wire import (
     sum_in_place,
     sum_mine,
 )
+from fabricfn.tracing import tracing
 
 
 def all_reduce_mean(tensors: Tensors, group: Group) -> list[torch.Tensor]:
@@ -75,6 +76,8 @@ def reduce_scatter(tensors: Tensors, group: Group, op: str) -> list[torch.Tensor
 
 def anywhere(flags: Sequence[bool], group: Group, device: torch.device) -> list[bool]:
     """Which of the flags are set on some rank."""
+    if tracing():  # ranks that run one graph agree
+        return list(flags)
     both = torch.tensor(flags, dtype=torch.uint8, device=device)
     if group is not None:
         dist.all_reduce(both, dist.ReduceOp.MAX, group=group)

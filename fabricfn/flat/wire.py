@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fabricfn.flat.buckets import LARGE, Tensors
+from fabricfn.tracing import tracing
 
 Group = dist.ProcessGroup | None
 
@@ -35,7 +36,6 @@ drops a NaN from a maximum or keeps it depending on who holds it, and knows fewe
 _new_names = hasattr(dist, "all_gather_single")
 _gather_into: Any = getattr(dist, "all_gather_single" if _new_names else "all_gather_into_tensor")
 _scatter_into: Any = getattr(dist, "reduce_scatter_single" if _new_names else "reduce_scatter_tensor")
-broadcast_into: Any = dist.broadcast
 _reduce_into: Any = dist.all_reduce  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -84,7 +84,25 @@ def sum_in_place(buffer: torch.Tensor, group: Group) -> dist.Work | None:
     """The buffer becomes the sum over the ranks, once the work has been waited for."""
     if group is None or not buffer.numel():
         return None
+    if tracing():
+        return _traced(buffer, torch.ops._c10d_functional.all_reduce(as_real(buffer), "sum", group.group_name))
     return _reduce_into(as_real(buffer), group=group, async_op=True)
+
+
+def broadcast_in_place(buffer: torch.Tensor, src: int, group: Group) -> dist.Work | None:
+    """The buffer becomes that of rank `src` of the group, once the work has been waited for."""
+    if group is None or not buffer.numel():
+        return None
+    if tracing():
+        return _traced(buffer, torch.ops._c10d_functional.broadcast(as_real(buffer), src, group.group_name))
+    broadcast: Any = dist.broadcast
+    return broadcast(as_bytes(buffer), group_src=src, group=group, async_op=True)
+
+
+def _traced(buffer: torch.Tensor, coming: Any) -> None:
+    """Operations of a graph in place of a message: the compiler knows them."""
+    arrived = torch.ops._c10d_functional.wait_tensor(coming)
+    buffer.copy_(torch.view_as_complex(arrived) if buffer.is_complex() else arrived)
 
 
 def divide(buffer: torch.Tensor, group: Group, op: str, *, early: bool) -> None:

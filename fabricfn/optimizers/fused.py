@@ -35,7 +35,7 @@ def buckets_of(
         for i in group:
             sorted_out.setdefault((number, params[i].device, params[i].dtype), []).append(i)
     out: list[Bucket] = []
-    for (number, _, _), index in sorted_out.items():
+    for (number, device, dtype), index in sorted_out.items():
         strides = [torch.empty_like(params[i]).stride() for i in index]
         bucket = Bucket(
             group=number,
@@ -44,6 +44,8 @@ def buckets_of(
             shapes=[params[i].shape for i in index],
             strides=strides,
             contiguous=all(torch.empty_like(params[i]).is_contiguous() for i in index),
+            dtype=dtype,
+            device=device,
             names=tuple(labels[i] for i in index),
         )
         out.append(bucket)

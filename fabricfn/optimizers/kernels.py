@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fabricfn.errors import ConfigurationError
+from fabricfn.optimizers import formulas
 from fabricfn.states import Counter
 
 Columns: TypeAlias = dict[str, Any]
@@ -45,6 +46,8 @@ class Kernel:
     """(hyperparameters, parameters) -> the columns before the first step."""
     step: Callable[[Hyper, Any, Any, Columns], Columns]
     """(hyperparameters, parameters, gradients, columns) -> the next columns; works in place."""
+    formula: Callable[[Hyper, Any, Any, Columns], Columns]
+    """The same as `step`, to be traced."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +64,8 @@ class Bucket:
     """The layout of parameters, gradients and state in which the kernel is called."""
     contiguous: bool
     """Whether all the strides are the usual ones."""
+    dtype: torch.dtype
+    device: torch.device
     names: tuple[str, ...]
     """For messages."""
 
@@ -163,12 +168,12 @@ def _fused_sgd(hyper: Hyper, params: Any, grads: Any, buffers: Any, *, first: bo
     )
 
 
-_ADAM = Kernel(start=_start_adam, step=_step_adam)
+_ADAM = Kernel(start=_start_adam, step=_step_adam, formula=formulas.adam)
 KERNELS: dict[type, Kernel] = {
     torch.optim.AdamW: _ADAM,
     torch.optim.Adam: _ADAM,
-    torch.optim.SGD: Kernel(start=_start_sgd, step=_step_sgd),
-    torch.optim.Adagrad: Kernel(start=_start_adagrad, step=_step_adagrad),
+    torch.optim.SGD: Kernel(start=_start_sgd, step=_step_sgd, formula=formulas.sgd),
+    torch.optim.Adagrad: Kernel(start=_start_adagrad, step=_step_adagrad, formula=formulas.adagrad),
 }
 """By exact class; a sub-class of the user's may do anything."""
 

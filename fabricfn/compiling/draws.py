@@ -1,0 +1,139 @@
+"""Random numbers of a compiled step: drawn on the host before the graph runs, and handed to it.
+
+[Note: draws] So they are those of the eager step: the same generator, from the same key, in the same order. While a
+step is traced, each operation that draws becomes an input of the graph, and is written down together with the key
+under which it stood; a call repeats the operations and passes what they give. What they draw cannot depend on numbers
+that the graph computes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    track_tensor_tree,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fabricfn.errors import CapabilityError
+from fabricfn.random import Key, fold_in, seeded
+
+Draw = Callable[[], torch.Tensor]
+
+aten = torch.ops.aten
+_FILLS = frozenset(
+    (
+        *(aten.bernoulli_.float, aten.uniform_.default, aten.normal_.default, aten.exponential_.default),
+        *(aten.geometric_.default, aten.cauchy_.default, aten.log_normal_.default),
+        *(aten.random_.default, getattr(aten.random_, "from"), aten.random_.to),
+    )
+)
+"""What writes over all that was there."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeyBits:
+    """What stands for the bits of a key that was an argument, while a step is traced."""
+
+    argument: int
+    folds: tuple[int, ...]
+    draws: "Draws" = dataclasses.field(repr=False, compare=False)
+
+    def folded(self, data: Any) -> "KeyBits":
+        """Of `fold_in(key, data)`."""
+        if type(data) is not int:
+            raise CapabilityError(
+                f"a compiled step folds constants into a key, found {type(data).__name__}. Fold outside of it: pass"
+                " rng=ff.fold_in(key, opt.step) at every call."
+            )
+        return dataclasses.replace(self, folds=(*self.folds, data))
+
+    def enter(self) -> None:
+        """From now on what is drawn stands under this key, from its beginning."""
+        self.draws.blocks.append(Block(self.argument, self.folds))
+
+    def leave(self) -> None:
+        """Back to the global generators."""
+        self.draws.blocks.append(Block(None))
+
+    def __xor__(self, other: int) -> int:
+        raise CapabilityError(
+            "a compiled step passes keys on to rng=; generators and seeds are made outside of it. Draw there, and pass"
+            " the tensor."
+        )
+
+
+@dataclasses.dataclass(slots=True)
+class Block:
+    """What is drawn under one key, in order."""
+
+    argument: int | None
+    """Which argument the key is; None: the global generators go on from where they are."""
+    folds: tuple[int, ...] = ()
+    draws: list[Draw] = dataclasses.field(default_factory=list[Draw])
+
+    def drawn(self, keys: Sequence[Any], device: torch.device) -> Iterator[torch.Tensor]:
+        """The numbers of one call."""
+        key: Key | None = None if self.argument is None else keys[self.argument]
+        for number in self.folds if key is not None else ():
+            key = fold_in(key, number)
+        with contextlib.nullcontext() if key is None else seeded(key, device):
+            for draw in self.draws:
+                yield draw()
+
+
+class Draws(TorchDispatchMode):
+    """Writes down what is drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = [Block(None)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags or _draws_nothing(func, args, kwargs):
+            return func(*args, **kwargs)
+        if func in _FILLS:
+            return args[0].copy_(self.drawn(func, args, kwargs))
+        if "_like" in str(func) or not any(isinstance(leaf, torch.Tensor) for leaf in args):
+            return self.drawn(func, args, kwargs)
+        raise CapabilityError(
+            f"{func} draws random numbers that depend on what the graph computes, which a compiled step cannot. Draw"
+            " outside of it and pass the tensor, or start from torch.rand_like and torch.randn_like."
+        )
+
+    def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """An input of the graph for what the operation gives; of a tensor it looks at the shape only."""
+        with disable_proxy_modes_tracing():
+            first = [torch.empty_like(args[0])] if args and isinstance(args[0], torch.Tensor) else [*args[:1]]
+            shape = func(*first, *args[1:], **kwargs)
+        like = None
+        if first and isinstance(first[0], torch.Tensor):
+            like = functools.partial(
+                torch.empty_strided, *(first[0].shape, first[0].stride()), dtype=first[0].dtype, device=first[0].device
+            )
+        rest = args[1:]
+
+        def draw() -> torch.Tensor:
+            return func(*args, **kwargs) if like is None else func(like(), *rest, **kwargs)
+
+        mode = get_proxy_mode()
+        assert isinstance(mode, ProxyTorchDispatchMode)
+        proxy = mode.tracer.create_proxy("placeholder", f"draw_{sum(len(b.draws) for b in self.blocks)}", (), {})
+        track_tensor_tree(shape, proxy, constant=None, tracer=mode.tracer)
+        self.blocks[-1].draws.append(draw)
+        return shape
+
+
+def _draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that may draw does not, since its dropout is off."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**{one.name: one.default_value for one in func._schema.arguments}, **dict(zip(names, args)), **kwargs}
+    off = given.get("train") is False or given.get("training") is False
+    return off or any(given.get(name) == 0 for name in ("dropout_p", "dropout") if name in given)

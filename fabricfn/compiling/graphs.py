@@ -1,0 +1,152 @@
+"""From a step to a graph, and from a graph to a function: one trace, and what went wrong in it."""
+
+import dataclasses
+import linecache
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._inductor
+import torch.distributed._functional_collectives
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fabricfn.compiling.arguments import Part
+from fabricfn.compiling.draws import Block, Draws
+from fabricfn.compiling.results import Results
+from fabricfn.compiling.standins import Standins
+from fabricfn.errors import CapabilityError, FabricfnError
+from fabricfn.runtimes import Runtime
+from fabricfn.tree import TreeSpec, tree_unflatten
+
+Backend = str | Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]]
+_LOCK = threading.RLock()
+"""Tracing changes torch's classes for a moment, so ranks that are threads take turns."""
+_NOT_THE_USERS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__ + "/.."))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """One compiled graph, and what goes into it and comes out."""
+
+    run: Callable[..., Sequence[torch.Tensor]]
+    results: Results
+    blocks: Sequence[Block]
+    described: Mapping[str, str]
+    """The arguments as messages show them."""
+    seconds: float
+
+
+def trace(
+    rt: Runtime,
+    step_fn: Callable[..., Any],
+    spec: TreeSpec,
+    parts: Sequence[Part],
+    described: Mapping[str, str],
+    backend: Backend,
+    options: Mapping[str, Any],
+) -> Trace:
+    """Trace the step for arguments like these, and compile it."""
+    with _LOCK:
+        start = time.perf_counter()
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        tensors = [tensor for part in parts for tensor in part.tensors]
+        count = sum(len(part.numbers) for part in parts)
+        draws = Draws()
+        standins = Standins(rt, draws)
+        found: list[Results] = []
+
+        def flat(*inputs: torch.Tensor) -> list[torch.Tensor]:
+            numbers = list(inputs[-1].unbind()) if count else []
+            left, left_numbers = iter(inputs[: len(tensors)]), iter(numbers)
+            given = [standins.make(i, part, left, left_numbers) for i, part in enumerate(parts)]
+            results = Results(
+                standins=standins,
+                parts=parts,
+                given=given,
+                inputs={id(tensor): place for place, tensor in enumerate(inputs[: len(tensors)])},
+                width=len(tensors),
+                numbers={id(number): place for place, number in enumerate(numbers)},
+            )
+            found.append(results)
+            args, kwargs = tree_unflatten(spec, given)
+            with draws:
+                return [output.detach() for output in results.read(step_fn(*args, **kwargs))]
+
+        with fake, torch.autograd.set_multithreading_enabled(False):
+            examples = [
+                torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=one.device) for one in tensors
+            ]
+            examples += [empty_numbers(rt, count)] * bool(count)
+            try:
+                gm = make_fx(flat)(*examples)
+            except Exception as error:  # whatever the user's code raises: it is told where
+                raise blamed(error) from error
+        in_order(gm)
+        run = compiled(gm, fake, backend, options)
+        return Trace(
+            run=run,
+            results=found[0],
+            blocks=[block for block in draws.blocks if block.draws],
+            described=described,
+            seconds=time.perf_counter() - start,
+        )
+
+
+def empty_numbers(rt: Runtime, count: int) -> torch.Tensor:
+    """As many numbers, in the widest dtype that the device has."""
+    return torch.empty(count, dtype=torch.float32 if rt.device.type == "mps" else torch.float64, device=rt.device)
+
+
+def in_order(gm: fx.GraphModule) -> None:
+    """Put inputs that were found on the way before everything else."""
+    nodes = list(gm.graph.nodes)
+    first = next(node for node in nodes if node.op != "placeholder")
+    for node in nodes:
+        if node.op == "placeholder":
+            first.prepend(node)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def compiled(
+    gm: fx.GraphModule, fake: FakeTensorMode, backend: Backend, options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """The function that a back end makes of a graph."""
+    examples = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+    if backend == "inductor":
+        return torch._inductor.compile(gm, examples, options={"size_asserts": False, **options})
+    return (lookup_backend(backend) if isinstance(backend, str) else backend)(gm, examples, **options)
+
+
+def blamed(error: Exception) -> Exception:
+    """The error with the line of the user's code that it comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not os.path.abspath(frame.filename).startswith(_NOT_THE_USERS)]
+    where = ""
+    if own:
+        line = linecache.getline(own[-1].filename, own[-1].lineno or 0).strip()
+        where = f"{own[-1].filename}:{own[-1].lineno}: {line}"
+    asks = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+    asks = asks or any(words in str(error) for words in _ASKS)
+    if asks and not isinstance(error, FabricfnError):
+        return CapabilityError(
+            "a compiled step cannot look at the numbers of a tensor, since it is traced once, without any; this line"
+            f" does:\n  {where}\nWrite torch.where(condition, a, b) in place of `if`, a mask in place of tensor[mask]"
+            " or nonzero(), keep the tensor in place of .item(), and return what you want to print."
+        )
+    error.add_note(f"while compile_step traced your step, at\n  {where}")
+    return error
+
+
+_ASKS = ("get value out of a tracing tensor", ".numpy() is not supported for tensor subclasses")

@@ -1,0 +1,271 @@
+"""What a compiled step gives back: the records that the traced step returned, over the tensors of this call."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from fabricfn.compiling.arguments import Layout, Part, flatten, is_lifted, kind_of, kinds_of, layout_of
+from fabricfn.compiling.standins import Standins, StepCount
+from fabricfn.errors import CapabilityError
+from fabricfn.leases import Lease, Place, bump, unbind
+from fabricfn.records import Grads, Model, Ref, handed_on
+from fabricfn.states import Counter, Optimizer, exposed
+from fabricfn.tree import TreeSpec, tree_flatten, tree_unflatten
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Call:
+    """One call of a compiled step, while its results are put together."""
+
+    parts: Sequence[Part]
+    where: Place
+    pool: Sequence[Any]
+    """The tensors: inputs of the graph, then its outputs."""
+    numbers: Sequence[float]
+    handed: dict[int, Model] = dataclasses.field(default_factory=dict[int, Model])
+    """The argument's place -> the model that its memory belongs to now."""
+
+
+Recipe = Callable[[Call], Any]
+Pick = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+def picking(places: Sequence[int]) -> Pick:
+    """The function that takes these places out of a list."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda pool: [pool[place] for place in places]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Results:
+    """Reads off what a traced step returned, and remembers how to make it again."""
+
+    standins: Standins
+    parts: Sequence[Part]
+    given: Sequence[Any]
+    """What stood for each argument."""
+    inputs: Mapping[int, int]
+    """The id of a stand-in's tensor -> its place among the inputs."""
+    width: int
+    """How many inputs there are."""
+    numbers: Mapping[int, int]
+    """The id of a number's tensor -> its place among the numbers."""
+    spec: TreeSpec | None = None
+    recipes: list[Recipe] = dataclasses.field(default_factory=list[Recipe])
+    outputs: list[torch.Tensor] = dataclasses.field(default_factory=list[torch.Tensor])
+    """What the graph must put out."""
+    spent: list[tuple[int, Any]] = dataclasses.field(default_factory=list[tuple[int, Any]])
+    """(the place of an argument that was given away, which of its tensors changed; None is all)."""
+
+    def read(self, result: Any) -> list[torch.Tensor]:
+        """The outputs of the graph for what the traced step returned."""
+        leaves, self.spec = flatten(result)
+        self.recipes = [self._recipe(leaf) for leaf in leaves]
+        for place, (standin, part) in enumerate(zip(self.given, self.parts, strict=True)):
+            if type(part.given) in (Model, Optimizer, Grads) and standin.lease.spent is not None:
+                changed = None
+                if type(standin) is Model:
+                    moved = [i for i, value in enumerate(standin.params.values()) if value._version]
+                    changed = None if len(moved) == len(standin.params) else moved
+                self.spent.append((place, changed))
+        return self.outputs
+
+    def make(self, call: Call) -> Any:
+        """The results of one call; what it gave away is spent."""
+        assert self.spec is not None
+        give_away(self.spent, call)
+        made = [recipe(call) for recipe in self.recipes]
+        for place, _ in self.spent:
+            given = call.parts[place].given
+            if type(given) is not Model:
+                spend(given, call.where)
+        return tree_unflatten(self.spec, made)
+
+    def _recipe(self, leaf: Any) -> Recipe:
+        kind = type(leaf)
+        if kind is Model and (leaf.ref.engine is None or leaf.ref.engine.traced):
+            return self._model(leaf)
+        if kind is Optimizer and id(leaf.plan) in self.standins.plans:
+            return self._optimizer(leaf)
+        if kind is Grads:
+            return self._grads(leaf)
+        if kind is StepCount:
+            argument, more = leaf.argument, leaf.more
+            return lambda call: call.parts[argument].given.step + more
+        if isinstance(leaf, torch.Tensor):
+            if id(leaf) in self.numbers:
+                number = self.numbers[id(leaf)]
+                return lambda call: call.numbers[number]
+            place = self._place(leaf)
+            return lambda call: call.pool[place]
+        for place, standin in enumerate(self.given):
+            if leaf is standin:
+                return lambda call: call.parts[place].given
+        return lambda call: leaf
+
+    def _place(self, tensor: torch.Tensor) -> int:
+        """Where the tensor is in the pool; one that is no input becomes an output."""
+        if id(tensor) in self.inputs:
+            return self.inputs[id(tensor)]
+        for place, known in enumerate(self.outputs):
+            if known is tensor:
+                return self.width + place
+        self.outputs.append(tensor)
+        return self.width + len(self.outputs) - 1
+
+    def _pick(self, tensors: Sequence[torch.Tensor]) -> Pick:
+        known = {id(tensor): self.width + place for place, tensor in enumerate(self.outputs)} | dict(self.inputs)
+        places: list[int] = []
+        for tensor in tensors:
+            if id(tensor) not in known:
+                known[id(tensor)] = self.width + len(self.outputs)
+                self.outputs.append(tensor)
+            places.append(known[id(tensor)])
+        return picking(places)
+
+    def _ref(self, ref: Ref) -> Ref:
+        return ref if ref.engine is None else Ref(self.standins.engines[id(ref.engine)][0], ref.signature)
+
+    def _model(self, leaf: Model) -> Recipe:
+        values, names, training, ref = [*leaf.params.values()], tuple(leaf.params), leaf.training, self._ref(leaf.ref)
+        buffer_names, buffers = tuple(leaf.buffers), self._pick([*leaf.buffers.values()])
+        for place, standin in enumerate(self.given):
+            if type(standin) is Model and _same(standin.params.values(), values):
+                same = training == standin.training and _same(leaf.buffers.values(), standin.buffers.values())
+
+                def handed(call: Call) -> Model:
+                    base = call.handed.get(place) or call.parts[place].given
+                    if same:
+                        return base
+                    new = MappingProxyType(dict(zip(buffer_names, buffers(call.pool), strict=True)))
+                    return dataclasses.replace(base, training=training, buffers=new)
+
+                return handed
+        params, known = self._pick(values), None
+
+        def new(call: Call) -> Model:
+            nonlocal known
+            made = Model(
+                params=MappingProxyType(dict(zip(names, params(call.pool), strict=True))),
+                buffers=MappingProxyType(dict(zip(buffer_names, buffers(call.pool), strict=True))),
+                training=training,
+                ref=ref,
+            )
+            known = made.lease.known = known or kinds_of(made.params.values())
+            return made
+
+        return new
+
+    def _grads(self, leaf: Grads) -> Recipe:
+        names = [name for name, grad in leaf.params.items() if grad is not None]
+        params = self._pick([grad for grad in leaf.params.values() if grad is not None])
+        none: dict[str, Any] = dict.fromkeys(leaf.params)
+        buffer_names = None if leaf.new_buffers is None else tuple(leaf.new_buffers)
+        buffers, ref = self._pick([*(leaf.new_buffers or {}).values()]), self._ref(leaf.ref)
+
+        def make(call: Call) -> Grads:
+            new = None if buffer_names is None else dict(zip(buffer_names, buffers(call.pool), strict=True))
+            values = MappingProxyType({**none, **dict(zip(names, params(call.pool), strict=True))})
+            return Grads(params=values, new_buffers=new, ref=ref)
+
+        return make
+
+    def _optimizer(self, leaf: Optimizer) -> Recipe:
+        leaves, spec = tree_flatten((leaf.store, leaf.shared))
+        tensors = [place for place, one in enumerate(leaves) if isinstance(one, torch.Tensor)]
+        pick = self._pick([leaves[place] for place in tensors])
+        counters = [(place, *self._counter(one)) for place, one in enumerate(leaves) if type(one) is Counter]
+        fixed: list[Any] = [None if isinstance(one, torch.Tensor) else one for one in leaves]
+        hyperparams, count = self._hyperparams(leaf.hyperparams), self._recipe(leaf.step)
+        plan, layout = self.standins.plans[id(leaf.plan)], None
+        donors = [place for place, one in enumerate(self.given) if type(one) is Optimizer and one.plan is leaf.plan]
+
+        def make(call: Call) -> Optimizer:
+            nonlocal layout
+            own = [*fixed]
+            for place, tensor in zip(tensors, pick(call.pool), strict=True):
+                own[place] = tensor
+            for place, argument, at, more in counters:
+                counter: Counter = call.parts[argument].leaves[at]
+                for _ in range(more):
+                    counter = counter.next()
+                own[place] = counter
+            store, shared = tree_unflatten(spec, own)
+            made = Optimizer(store=store, shared=shared, hyperparams=hyperparams(call), step=count(call), plan=plan)
+            layout = made.lease.known = layout or layout_of(made, own, spec)
+            # other records may hold the memory: let them find out
+            if any(call.parts[place].given.lease.values is not None for place in donors):
+                exposed(made)
+            return made
+
+        return make
+
+    def _counter(self, counter: Counter) -> tuple[int, int, int]:
+        """(the argument that a counter came with, its place among the leaves there, how many steps later it is)."""
+        for argument, standin in enumerate(self.given):
+            if type(standin) is Optimizer:
+                for at, one in enumerate(tree_flatten((standin.store, standin.shared))[0]):
+                    if type(one) is Counter and one.tensors is counter.tensors:
+                        return argument, at, counter.count
+        raise AssertionError("a counter that came with no argument")
+
+    def _hyperparams(self, groups: Sequence[Mapping[str, Any]]) -> Recipe:
+        for place, standin in enumerate(self.given):
+            if type(standin) is Optimizer and standin.hyperparams is groups:
+                return lambda call: call.parts[place].given.hyperparams
+        made = [{name: self._hyperparam(name, value) for name, value in group.items()} for group in groups]
+        return lambda call: tuple(
+            MappingProxyType({name: recipe(call) for name, recipe in group.items()}) for group in made
+        )
+
+    def _hyperparam(self, name: str, value: Any) -> Recipe:
+        if type(value) is tuple:
+            several = [self._hyperparam(name, one) for one in value]
+            return lambda call: tuple(one(call) for one in several)
+        if isinstance(value, torch.Tensor) and id(value) not in self.numbers:
+            raise CapabilityError(
+                f"the compiled step returns an optimizer whose {name} it computes. Compute it outside of the step and"
+                f" pass it: a float as an argument, for optimizer_step(..., {name}={name})."
+            )
+        return self._recipe(value)
+
+
+def _same(left: Any, right: Any) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def give_away(spent: Sequence[tuple[int, Any]], call: Call) -> None:
+    """Hand the models that the step gave away on to records over the same memory."""
+    for place, changed in spent:
+        given = call.parts[place].given
+        if type(given) is Model:
+            updated = None if changed is None else picking(changed)([*given.params.values()])
+            known = given.lease.known
+            made = call.handed[place] = handed_on(given, None, call.where, updated)
+            made.lease.known, made.lease.apart = known, True
+
+
+def spend(record: Any, where: Place) -> None:
+    """Mark an optimizer, or gradients, as given away."""
+    record.lease.spend(where)
+    if record.lease.values is not None:
+        bump([value for value in record.lease.values.values() if isinstance(value, torch.Tensor)])
+
+
+def lose(spent: Sequence[tuple[int, Any]], call: Call) -> None:
+    """After a failure in the middle: what was to be given away is spent, and nobody has it."""
+    give_away(spent, call)
+    for model in call.handed.values():
+        unbind(model.lease)
+        model.lease.spend(call.where)
+    for place, _ in spent:
+        if place not in call.handed:
+            spend(call.parts[place].given, call.where)
+
+
+_ = (Lease, Layout, is_lifted, kind_of)

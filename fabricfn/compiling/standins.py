@@ -1,0 +1,171 @@
+"""What a step gets while it is traced: records like the given ones, over tensors that are inputs of a graph."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fabricfn.binding import engine_of
+from fabricfn.building import make_frame
+from fabricfn.compiling.arguments import Layout, Part, with_numbers
+from fabricfn.compiling.draws import Draws, KeyBits
+from fabricfn.copying import copy_onto
+from fabricfn.engine import Engine, Frame
+from fabricfn.errors import CapabilityError
+from fabricfn.optimizers.fused import Fused
+from fabricfn.random import Key
+from fabricfn.records import Grads, Model, Ref
+from fabricfn.runtimes import Runtime
+from fabricfn.states import Counter, Optimizer, Plan
+from fabricfn.strategies.recomputing import recompute
+from fabricfn.tree import tree_flatten, tree_unflatten
+
+Tensors = Iterator[torch.Tensor]
+untraced: Any = _disable_current_modes
+
+
+class StepCount:
+    """What stands for `opt.step` in a traced step: it can be counted on, and handed out."""
+
+    __slots__ = ("argument", "more")
+
+    def __init__(self, argument: int, more: int = 0) -> None:
+        self.argument = argument
+        self.more = more
+
+    def __add__(self, other: int) -> "StepCount":
+        return StepCount(self.argument, self.more + other) if type(other) is int else self._refuse()
+
+    def _refuse(self, *_: object) -> Any:
+        raise CapabilityError(
+            "opt.step is another number at every call, and a compiled step would keep the first one for ever. Compute"
+            " with it outside and pass the result: step(model, opt, x, y, lr=schedule(opt.step),"
+            " rng=ff.fold_in(key, opt.step)). A float or a key that changes is not traced again."
+        )
+
+    __radd__ = __add__
+    __index__ = __int__ = __float__ = __bool__ = __neg__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # pyright: ignore[reportAssignmentType]
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+class Counts(Sequence[torch.Tensor]):
+    """The numbers from one that is an input of the graph on, for a `Counter` whose own count begins with 0."""
+
+    def __init__(self, first: torch.Tensor) -> None:
+        self.first = first
+
+    def __len__(self) -> int:
+        return 1 << 62
+
+    def __getitem__(self, more: Any) -> Any:
+        return self.first + more
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Standins:
+    """Makes them, and knows afterwards what stood for what."""
+
+    rt: Runtime
+    draws: Draws
+    engines: dict[int, tuple[Engine, Engine]] = dataclasses.field(default_factory=dict[int, tuple[Engine, Engine]])
+    """The id of an engine, given or made here -> (the given one, the one made here)."""
+    plans: dict[int, Plan] = dataclasses.field(default_factory=dict[int, Plan])
+    """The id of a plan that was made here -> the given one."""
+
+    def make(self, place: int, part: Part, tensors: Tensors, numbers: Tensors) -> Any:
+        """What the step gets for this argument; takes its tensors and numbers from the inputs of the graph."""
+        given = part.given
+        kind = type(given)
+        if kind is Model:
+            return self._model(given, tensors)
+        if kind is Optimizer:
+            return self._optimizer(place, part, tensors, numbers)
+        if kind is Grads:
+            return self._grads(given, tensors)
+        if kind is Key:
+            return Key(KeyBits(place, (), self.draws))  # pyright: ignore[reportArgumentType]
+        if kind is float:
+            # a float32 with a float64 would be a float64, which a Python number never makes of it
+            wide = self.rt.precision.param_dtype is torch.float64
+            return next(numbers).to(torch.float64 if wide else torch.float32)
+        if part.tensors:
+            return next(tensors).requires_grad_(given.requires_grad)
+        return given
+
+    def _model(self, given: Model, tensors: Tensors) -> Model:
+        return Model(
+            params={name: next(tensors) for name in given.params},
+            buffers={name: next(tensors) for name in given.buffers},
+            training=given.training,
+            ref=self._ref(given.ref),
+        )
+
+    def _ref(self, ref: Ref) -> Ref:
+        engine = ref.engine
+        if engine is None:
+            return ref
+        if id(engine) not in self.engines:
+            pair = (engine, stand_in(self.rt, engine))
+            self.engines |= {id(one): pair for one in pair}
+        return Ref(self.engines[id(engine)][1], ref.signature)
+
+    def _grads(self, given: Grads, tensors: Tensors) -> Grads:
+        params = {name: None if grad is None else next(tensors) for name, grad in given.params.items()}
+        buffers = None if given.new_buffers is None else {name: next(tensors) for name in given.new_buffers}
+        return Grads(params=params, new_buffers=buffers, ref=self._ref(given.ref))
+
+    def _optimizer(self, place: int, part: Part, tensors: Tensors, numbers: Tensors) -> Optimizer:
+        given: Optimizer = part.given
+        layout: Layout = given.lease.known
+        hyperparams = with_numbers(given.hyperparams, lambda: next(numbers))
+        leaves = [*part.leaves]
+        for at in layout.tensors:
+            leaves[at] = next(tensors)
+        for at in layout.counters:
+            count = next(numbers)
+            leaves[at] = Counter(0, count.device, (0, Counts(count)))
+        _, spec = tree_flatten((given.store, given.shared))
+        store, shared = tree_unflatten(spec, leaves)
+        plan = given.plan
+        if type(plan.detail) is Fused:
+            kernel = dataclasses.replace(plan.detail.kernel, step=plan.detail.kernel.formula)
+            plan = dataclasses.replace(plan, detail=dataclasses.replace(plan.detail, kernel=kernel))
+        self.plans[id(plan)] = given.plan
+        count: Any = StepCount(place)
+        return Optimizer(store=store, shared=shared, hyperparams=hyperparams, step=count, plan=plan)
+
+
+def stand_in(rt: Runtime, engine: Engine) -> Engine:
+    """An engine whose frames are bound to inputs of a graph: each binding makes a net over them."""
+
+    def grow(frozen: bool) -> Frame:
+        model = engine.frames[0]
+        frame = make_frame(engine.template, None)
+        frame.names, frame.kinds = model.names, model.kinds
+        frame.trainable = tuple(moves and not frozen for moves in model.trainable)
+        return frame
+
+    def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
+        # a copy, since what is only detached shares the version of the value
+        slots = [value.clone().requires_grad_(moves) for value, moves in zip(values, frame.trainable, strict=True)]
+        with untraced():
+            for slot in slots:
+                slot._is_param = True  # of nn.Parameter, which cannot be made of these
+            net = copy_onto(engine.template, slots, [buffer.clone() for buffer in engine.template.buffers()])
+            recompute(net, ())
+            fresh = make_frame(net, None)
+        frame.net, frame.slots, frame.places, frame.absent = net, fresh.slots, fresh.places, fresh.absent
+        frame.handle = rt.strategy.attach(net, rt.world, rt.precision, frozen=not any(frame.trainable))
+
+    return dataclasses.replace(engine, frames=[], frozen=[], grow=grow, point=point, mend=_mended, traced=True)
+
+
+def _mended(frame: Frame) -> None:
+    frame.broken = False
+
+
+Number = Callable[[], torch.Tensor]
