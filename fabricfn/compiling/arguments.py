@@ -2,18 +2,19 @@
 
 [Note: signature] A trace serves all calls with the same *signature*: structure, shapes, strides, dtypes, devices,
 engines, optimizer plans, modes, and every value that is neither a tensor nor a float nor a key. Floats and the numbers
-of optimizers (learning rates, counters) are no part of it: they go into the graph as numbers. The signature of a
-record's tensors is found once and kept with its lease, since asking 240 tensors costs as much as a small step.
+of optimizers (learning rates, counters) are no part of it: they go into the graph as numbers. What is found out about
+the tensors of a record is kept with its lease, since asking 240 tensors costs as much as a small step.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from fabricfn.binding import engine_of
+from fabricfn.compiling.hyperparams import split
 from fabricfn.errors import CapabilityError
 from fabricfn.optimizers import transforms
 from fabricfn.optimizers.fused import Fused
@@ -22,7 +23,6 @@ from fabricfn.records import Grads, Model
 from fabricfn.states import Counter, Optimizer
 from fabricfn.tree import TreeSpec, tree_flatten, tree_unflatten
 
-Hyper = Mapping[str, Any]
 RECORDS = (Model, Optimizer, Grads, Key)
 
 
@@ -42,15 +42,32 @@ class Kinds:
         return self is other or (type(other) is Kinds and self._hash == other._hash and self.of == other.of)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """How the leaves of an optimizer's store are made up; kept with its lease."""
+@dataclasses.dataclass(slots=True, eq=False)
+class Known:
+    """What is kept with the lease of a Model."""
 
     kinds: Kinds
-    tensors: Sequence[int]
-    """Which of the leaves are tensors."""
-    counters: Sequence[int]
-    """Which are counters."""
+    memory: dict[Hashable, frozenset[int]] = dataclasses.field(default_factory=dict[Hashable, frozenset[int]])
+    """Which of the tensors -> where they lie."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class KnownState(Known):
+    """What is kept with the lease of an Optimizer."""
+
+    store: Any = None
+    """What the rest is about: `dataclasses.replace` keeps the lease."""
+    spec: Any = None
+    leaves: Sequence[Any] = ()
+    tensors: Sequence[torch.Tensor] = ()
+    places: Sequence[int] = ()
+    """Where among the leaves the tensors are."""
+    counters: Sequence[int] = ()
+    """Where the counters are."""
+    hyperparams: Any = None
+    static: Hashable = None
+    numbers: Sequence[float] = ()
+    """The hyperparameters, divided: see `hyperparams.split`."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -61,8 +78,7 @@ class Part:
     key: Hashable
     tensors: Sequence[torch.Tensor] = ()
     numbers: Sequence[float] = ()
-    leaves: Sequence[Any] = ()
-    """Of an optimizer: those of its store."""
+    known: Any = None
 
 
 def is_record(node: Any) -> bool:
@@ -70,9 +86,21 @@ def is_record(node: Any) -> bool:
     return type(node) in RECORDS
 
 
-def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """The arguments, with records as leaves."""
-    return tree_flatten(tree, is_record)
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arguments with records as leaves, and their structure; the usual call has no containers."""
+    leaves = [*args, *kwargs.values()]
+    for leaf in leaves:
+        if type(leaf) not in _TAKES:
+            return tree_flatten((args, kwargs), is_record)
+    return leaves, (len(args), *kwargs)
+
+
+def unflatten(spec: Any, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of this structure."""
+    if type(spec) is TreeSpec:
+        return tree_unflatten(spec, leaves)
+    count, *names = spec
+    return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
 
 
 def part_of(leaf: Any) -> Part:
@@ -91,18 +119,10 @@ def part_of(leaf: Any) -> Part:
         hash(leaf)
     except TypeError:
         raise CapabilityError(
-            f"a compiled step takes tensors, records of fabricfn, numbers and other values that can be compared; it got"
+            "a compiled step takes tensors, records of fabricfn, numbers and other values that can be compared; it got"
             f" a {type(leaf).__name__}. Make a tensor of it, or leave it to a closure, where it is read once."
         ) from None
     return Part(leaf, (type(leaf), leaf))
-
-
-def _float(leaf: float) -> Part:
-    return Part(leaf, float, (), (leaf,))
-
-
-def _key(leaf: Key) -> Part:
-    return Part(leaf, Key)
 
 
 def kind_of(tensor: torch.Tensor) -> Hashable:
@@ -111,9 +131,7 @@ def kind_of(tensor: torch.Tensor) -> Hashable:
     Raises:
         CapabilityError: it is not a plain tensor with strides.
     """
-    if (type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter) or (
-        tensor.layout is not torch.strided
-    ):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
         raise CapabilityError(
             f"a compiled step takes plain dense tensors; it got a {type(tensor).__name__} with layout {tensor.layout}."
         )
@@ -126,16 +144,26 @@ def kinds_of(tensors: Iterable[torch.Tensor]) -> Kinds:
 
 
 def _tensor(leaf: torch.Tensor) -> Part:
-    return Part(leaf, (torch.Tensor, kind_of(leaf), leaf.requires_grad), (leaf.detach() if leaf.requires_grad else leaf,))
+    wants_grad = leaf.requires_grad
+    return Part(leaf, (torch.Tensor, kind_of(leaf), wants_grad), (leaf.detach() if wants_grad else leaf,))
+
+
+def _float(leaf: float) -> Part:
+    return Part(leaf, float, (), (leaf,))
+
+
+def _key(leaf: Key) -> Part:
+    return Part(leaf, Key)
 
 
 def _model(leaf: Model) -> Part:
     lease, params, buffers = leaf.lease, leaf.params, leaf.buffers
     lease.check("Model")
-    if lease.known is None:
-        lease.known = kinds_of(params.values())
-    key = (Model, engine_of(leaf), lease.known, leaf.training, tuple(buffers), tuple(map(kind_of, buffers.values())))
-    return Part(leaf, key, (*params.values(), *buffers.values()))
+    known = lease.known
+    if known is None:
+        known = lease.known = Known(kinds_of(params.values()))
+    key = (Model, engine_of(leaf), known.kinds, leaf.training, tuple(buffers), *map(kind_of, buffers.values()))
+    return Part(leaf, key, (*params.values(), *buffers.values()), (), known)
 
 
 def _grads(leaf: Grads) -> Part:
@@ -143,92 +171,67 @@ def _grads(leaf: Grads) -> Part:
         leaf.lease.check("Grads")
     given = {name: grad for name, grad in leaf.params.items() if grad is not None}
     buffers = leaf.new_buffers or {}
-    tensors = (*given.values(), *buffers.values())
-    key = (Grads, leaf.ref.engine, leaf.ref, tuple(given), leaf.new_buffers is None, tuple(buffers), kinds_of(tensors))
-    return Part(leaf, key, tensors)
+    kinds = kinds_of((*given.values(), *buffers.values()))
+    key = (Grads, leaf.ref.engine, leaf.ref, tuple(given), leaf.new_buffers is None, tuple(buffers), kinds)
+    return Part(leaf, key, (*given.values(), *buffers.values()), (), Known(kinds))
 
 
 def _optimizer(leaf: Optimizer) -> Part:
     lease = leaf.lease
     if lease.spent is not None or lease.values is not None:
         lease.check("Optimizer")
-    if type(leaf.plan.detail) is Fused and not all(leaf.store):
-        leaf = _begun(leaf)
-    leaves, spec = tree_flatten((leaf.store, leaf.shared))
-    if lease.known is None:
-        lease.known = layout_of(leaf, leaves, spec)
-    layout: Layout = lease.known
-    static, numbers = split_hyperparams(leaf.hyperparams)
-    numbers += [leaves[place].count for place in layout.counters]
-    tensors = [leaves[place] for place in layout.tensors]
-    return Part(leaf, (Optimizer, leaf.plan, layout.kinds, static), tensors, numbers, leaves)
+    known: KnownState | None = lease.known
+    if known is None or known.store is not leaf.store:
+        known = lease.known = _look(leaf)
+    if known.hyperparams is not leaf.hyperparams:
+        known.static, known.numbers = split(leaf.hyperparams)
+        known.hyperparams = leaf.hyperparams
+    numbers = [*known.numbers, *[known.leaves[place].count for place in known.counters]]
+    return Part(leaf, (Optimizer, leaf.plan, known.kinds, known.static), known.tensors, numbers, known)
 
 
-def layout_of(opt: Optimizer, leaves: Sequence[Any], spec: TreeSpec) -> Layout:
+def _look(opt: Optimizer) -> KnownState:
     if opt.plan.likes is not None or type(opt.plan.detail) not in (Fused, transforms.Pair):
         raise CapabilityError(
             f"{opt.plan.name} cannot be compiled as it was set up: there are AdamW, Adam, SGD and Adagrad by torch's"
-            " own kernels (without foreach=, capturable= and the like, floating parameters), and (init, update) pairs"
-            " of functions of tensors. Call ff.optimizer_step outside of the compiled step, which returns the gradients."
+            " own kernels (floating parameters; no foreach=, capturable= and the like), and (init, update) pairs of"
+            " functions of tensors. Let the compiled step return the gradients, and call ff.optimizer_step with them."
         )
+    leaves, spec = tree_flatten((_begun(opt), opt.shared))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    return KnownState(
+        layout_of(leaves, spec),
+        store=opt.store,
+        spec=spec,
+        leaves=leaves,
+        tensors=[leaves[place] for place in places],
+        places=places,
+        counters=[place for place, leaf in enumerate(leaves) if type(leaf) is Counter],
+    )
+
+
+def layout_of(leaves: Sequence[Any], spec: TreeSpec) -> Kinds:
+    """The signature of an optimizer's state."""
     kinds = tuple(
         kind_of(leaf) if isinstance(leaf, torch.Tensor) else Counter if type(leaf) is Counter else (type(leaf), leaf)
         for leaf in leaves
     )
-    tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    counters = [place for place, leaf in enumerate(leaves) if type(leaf) is Counter]
-    return Layout(Kinds((spec, kinds)), tensors, counters)
+    return Kinds((spec, kinds))
 
 
-def _begun(opt: Optimizer) -> Optimizer:
-    """In the structure that it has after its first step, where zeros mean the same: one trace less."""
+def _begun(opt: Optimizer) -> Any:
+    """The store in the structure that it has after the first step, where zeros mean the same: one trace less."""
+    if type(opt.plan.detail) is not Fused or all(opt.store):
+        return opt.store
     store: list[Any] = []
     for bucket, columns in zip(opt.plan.detail.buckets, opt.store, strict=True):
         hyper = opt.hyperparams[bucket.group]
         if not columns and hyper.get("momentum") and not hyper["dampening"]:
-            zeros = functools.partial(torch.zeros, dtype=bucket.dtype, device=bucket.device)
-            pairs = zip(bucket.shapes, bucket.strides, strict=True)
-            columns = {"momentum_buffer": [zeros(shape).as_strided(shape, strides) for shape, strides in pairs]}
+            empty = functools.partial(torch.empty_strided, dtype=bucket.dtype, device=bucket.device)
+            layouts = zip(bucket.shapes, bucket.strides, strict=True)
+            columns = {"momentum_buffer": [empty(*layout).zero_() for layout in layouts]}
         store.append(columns)
-    return dataclasses.replace(opt, store=tuple(store))
-
-
-def is_lifted(name: str, value: Any) -> bool:
-    """Whether a hyperparameter goes into the graph as a number. One that is 0 leaves its term out; a rate never does."""
-    return type(value) is float and (value != 0.0 or name == "lr") or (type(value) is int and name == "lr")
-
-
-def split_hyperparams(groups: Sequence[Hyper]) -> tuple[Hashable, list[float]]:
-    """(what the graph depends on, the numbers that go into it)."""
-    static: list[Any] = []
-    numbers: list[float] = []
-    for group in groups:
-        for name, value in group.items():
-            if is_lifted(name, value):
-                numbers.append(value)
-                static.append((name, float))
-            elif name == "betas":
-                numbers += value
-                static.append((name, len(value)))
-            else:
-                static.append((name, value))
-        static.append(None)
-    return tuple(static), numbers
-
-
-def with_numbers(groups: Sequence[Hyper], number: Callable[[], Any]) -> tuple[dict[str, Any], ...]:
-    """The hyperparameters with `number()` in place of each number, in the order of `split_hyperparams`."""
-    return tuple(
-        {
-            name: number()
-            if is_lifted(name, value)
-            else tuple(number() for _ in value)
-            if name == "betas"
-            else value
-            for name, value in group.items()
-        }
-        for group in groups
-    )
+    return tuple(store)
 
 
 _TAKES: dict[type, Callable[[Any], Part]] = {
@@ -239,8 +242,3 @@ _TAKES: dict[type, Callable[[Any], Part]] = {
     Key: _key,
     float: _float,
 }
-
-
-def described_of(step_fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """The arguments as messages show them, by name."""
-    return {}

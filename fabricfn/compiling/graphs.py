@@ -19,15 +19,17 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch._guards import TracingContext, tracing as tracing_context
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fabricfn.compiling.arguments import Part
+from fabricfn.compiling.arguments import Part, unflatten
+from fabricfn.compiling.describing import described
 from fabricfn.compiling.draws import Block, Draws
 from fabricfn.compiling.results import Results
 from fabricfn.compiling.standins import Standins
 from fabricfn.errors import CapabilityError, FabricfnError
 from fabricfn.runtimes import Runtime
-from fabricfn.tree import TreeSpec, tree_unflatten
 
 Backend = str | Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]]
 _LOCK = threading.RLock()
@@ -42,24 +44,28 @@ class Trace:
     run: Callable[..., Sequence[torch.Tensor]]
     results: Results
     blocks: Sequence[Block]
+    names: Sequence[str]
+    """What the step calls its arguments."""
     described: Mapping[str, str]
-    """The arguments as messages show them."""
+    """What the graph depends on in them, as messages show it."""
     seconds: float
 
 
 def trace(
     rt: Runtime,
     step_fn: Callable[..., Any],
-    spec: TreeSpec,
+    spec: Any,
     parts: Sequence[Part],
-    described: Mapping[str, str],
+    names: Sequence[str],
     backend: Backend,
     options: Mapping[str, Any],
 ) -> Trace:
     """Trace the step for arguments like these, and compile it."""
     with _LOCK:
         start = time.perf_counter()
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # without shapes that depend on values; the cache of compiled graphs wants an environment for them all the same
+        shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+        fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
         tensors = [tensor for part in parts for tensor in part.tensors]
         count = sum(len(part.numbers) for part in parts)
         draws = Draws()
@@ -79,7 +85,7 @@ def trace(
                 numbers={id(number): place for place, number in enumerate(numbers)},
             )
             found.append(results)
-            args, kwargs = tree_unflatten(spec, given)
+            args, kwargs = unflatten(spec, given)
             with draws:
                 return [output.detach() for output in results.read(step_fn(*args, **kwargs))]
 
@@ -98,7 +104,8 @@ def trace(
             run=run,
             results=found[0],
             blocks=[block for block in draws.blocks if block.draws],
-            described=described,
+            names=names,
+            described=described(names, parts),
             seconds=time.perf_counter() - start,
         )
 
@@ -124,9 +131,10 @@ def compiled(
 ) -> Callable[..., Any]:
     """The function that a back end makes of a graph."""
     examples = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
-    if backend == "inductor":
+    with tracing_context(TracingContext(fake)):
+      if backend == "inductor":
         return torch._inductor.compile(gm, examples, options={"size_asserts": False, **options})
-    return (lookup_backend(backend) if isinstance(backend, str) else backend)(gm, examples, **options)
+      return (lookup_backend(backend) if isinstance(backend, str) else backend)(gm, examples, **options)
 
 
 def blamed(error: Exception) -> Exception:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from fabricfn.compiling.arguments import Layout, Part, flatten, is_lifted, kind_of, kinds_of, layout_of
+from fabricfn.compiling.arguments import Known, KnownState, Part, is_record, kinds_of, layout_of
 from fabricfn.compiling.standins import Standins, StepCount
 from fabricfn.errors import CapabilityError
-from fabricfn.leases import Lease, Place, bump, unbind
+from fabricfn.leases import Place, bump, unbind
 from fabricfn.records import Grads, Model, Ref, handed_on
 from fabricfn.states import Counter, Optimizer, exposed
-from fabricfn.tree import TreeSpec, tree_flatten, tree_unflatten
+from fabricfn.tree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -30,6 +30,8 @@ class Call:
     """The argument's place -> the model that its memory belongs to now."""
 
 
+Changed = tuple[int, ...] | None
+"""Which of a record's tensors changed; None is all."""
 Recipe = Callable[[Call], Any]
 Pick = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -59,18 +61,18 @@ class Results:
     recipes: list[Recipe] = dataclasses.field(default_factory=list[Recipe])
     outputs: list[torch.Tensor] = dataclasses.field(default_factory=list[torch.Tensor])
     """What the graph must put out."""
-    spent: list[tuple[int, Any]] = dataclasses.field(default_factory=list[tuple[int, Any]])
+    spent: list[tuple[int, Changed]] = dataclasses.field(default_factory=list[tuple[int, Changed]])
     """(the place of an argument that was given away, which of its tensors changed; None is all)."""
 
     def read(self, result: Any) -> list[torch.Tensor]:
         """The outputs of the graph for what the traced step returned."""
-        leaves, self.spec = flatten(result)
+        leaves, self.spec = tree_flatten(result, is_record)
         self.recipes = [self._recipe(leaf) for leaf in leaves]
         for place, (standin, part) in enumerate(zip(self.given, self.parts, strict=True)):
             if type(part.given) in (Model, Optimizer, Grads) and standin.lease.spent is not None:
                 changed = None
                 if type(standin) is Model:
-                    moved = [i for i, value in enumerate(standin.params.values()) if value._version]
+                    moved = tuple(i for i, value in enumerate(standin.params.values()) if value._version)
                     changed = None if len(moved) == len(standin.params) else moved
                 self.spent.append((place, changed))
         return self.outputs
@@ -146,17 +148,18 @@ class Results:
                     return dataclasses.replace(base, training=training, buffers=new)
 
                 return handed
-        params, known = self._pick(values), None
+        params, kinds = self._pick(values), None
 
         def new(call: Call) -> Model:
-            nonlocal known
+            nonlocal kinds
             made = Model(
                 params=MappingProxyType(dict(zip(names, params(call.pool), strict=True))),
                 buffers=MappingProxyType(dict(zip(buffer_names, buffers(call.pool), strict=True))),
                 training=training,
                 ref=ref,
             )
-            known = made.lease.known = known or kinds_of(made.params.values())
+            kinds = kinds or kinds_of(made.params.values())
+            made.lease.known = Known(kinds)
             return made
 
         return new
@@ -177,39 +180,59 @@ class Results:
 
     def _optimizer(self, leaf: Optimizer) -> Recipe:
         leaves, spec = tree_flatten((leaf.store, leaf.shared))
-        tensors = [place for place, one in enumerate(leaves) if isinstance(one, torch.Tensor)]
-        pick = self._pick([leaves[place] for place in tensors])
+        places = [place for place, one in enumerate(leaves) if isinstance(one, torch.Tensor)]
+        pick = self._pick([leaves[place] for place in places])
         counters = [(place, *self._counter(one)) for place, one in enumerate(leaves) if type(one) is Counter]
         fixed: list[Any] = [None if isinstance(one, torch.Tensor) else one for one in leaves]
         hyperparams, count = self._hyperparams(leaf.hyperparams), self._recipe(leaf.step)
-        plan, layout = self.standins.plans[id(leaf.plan)], None
-        donors = [place for place, one in enumerate(self.given) if type(one) is Optimizer and one.plan is leaf.plan]
+        plan, kinds = self.standins.plans[id(leaf.plan)], None
+        donor = self._donor(leaf)
 
         def make(call: Call) -> Optimizer:
-            nonlocal layout
-            own = [*fixed]
-            for place, tensor in zip(tensors, pick(call.pool), strict=True):
+            nonlocal kinds
+            given = None if donor is None else call.parts[donor]
+            tensors = pick(call.pool) if given is None else given.tensors
+            own = [*(fixed if given is None else given.known.leaves)]
+            for place, tensor in zip(places, tensors, strict=True) if given is None else ():
                 own[place] = tensor
             for place, argument, at, more in counters:
-                counter: Counter = call.parts[argument].leaves[at]
+                counter: Counter = call.parts[argument].known.leaves[at]
                 for _ in range(more):
                     counter = counter.next()
                 own[place] = counter
             store, shared = tree_unflatten(spec, own)
             made = Optimizer(store=store, shared=shared, hyperparams=hyperparams(call), step=count(call), plan=plan)
-            layout = made.lease.known = layout or layout_of(made, own, spec)
-            # other records may hold the memory: let them find out
-            if any(call.parts[place].given.lease.values is not None for place in donors):
-                exposed(made)
-            return made
+            kinds = kinds or layout_of(own, spec)
+            made.lease.known = KnownState(
+                kinds,
+                {} if given is None else given.known.memory,
+                store=store,
+                spec=spec,
+                leaves=own,
+                tensors=tensors,
+                places=places,
+                counters=[place for place, *_ in counters],
+            )
+            # where other records may hold the memory, let them find out by the versions
+            return made if given is None or given.given.lease.values is None else exposed(made)
 
         return make
+
+    def _donor(self, leaf: Optimizer) -> int | None:
+        """The argument whose tensors, changed in place, are all the tensors of this optimizer."""
+        ours = [one for one in tree_leaves((leaf.store, leaf.shared)) if isinstance(one, torch.Tensor)]
+        for place, one in enumerate(self.given):
+            if type(one) is Optimizer and one.lease.spent is not None:
+                theirs = [one for one in tree_leaves((one.store, one.shared)) if isinstance(one, torch.Tensor)]
+                if _same(ours, theirs):
+                    return place
+        return None
 
     def _counter(self, counter: Counter) -> tuple[int, int, int]:
         """(the argument that a counter came with, its place among the leaves there, how many steps later it is)."""
         for argument, standin in enumerate(self.given):
             if type(standin) is Optimizer:
-                for at, one in enumerate(tree_flatten((standin.store, standin.shared))[0]):
+                for at, one in enumerate(tree_leaves((standin.store, standin.shared))):
                     if type(one) is Counter and one.tensors is counter.tensors:
                         return argument, at, counter.count
         raise AssertionError("a counter that came with no argument")
@@ -239,13 +262,14 @@ def _same(left: Any, right: Any) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
-def give_away(spent: Sequence[tuple[int, Any]], call: Call) -> None:
+def give_away(spent: Sequence[tuple[int, Changed]], call: Call) -> None:
     """Hand the models that the step gave away on to records over the same memory."""
     for place, changed in spent:
         given = call.parts[place].given
         if type(given) is Model:
             updated = None if changed is None else picking(changed)([*given.params.values()])
             known = given.lease.known
+            unbind(given.lease)  # what looks at the values is bound again when it is used: no counting at every step
             made = call.handed[place] = handed_on(given, None, call.where, updated)
             made.lease.known, made.lease.apart = known, True
 
@@ -257,7 +281,7 @@ def spend(record: Any, where: Place) -> None:
         bump([value for value in record.lease.values.values() if isinstance(value, torch.Tensor)])
 
 
-def lose(spent: Sequence[tuple[int, Any]], call: Call) -> None:
+def lose(spent: Sequence[tuple[int, Changed]], call: Call) -> None:
     """After a failure in the middle: what was to be given away is spent, and nobody has it."""
     give_away(spent, call)
     for model in call.handed.values():
@@ -267,5 +291,3 @@ def lose(spent: Sequence[tuple[int, Any]], call: Call) -> None:
         if place not in call.handed:
             spend(call.parts[place].given, call.where)
 
-
-_ = (Lease, Layout, is_lifted, kind_of)

@@ -1,7 +1,7 @@
 """What a step gets while it is traced: records like the given ones, over tensors that are inputs of a graph."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fabricfn.binding import engine_of
 from fabricfn.building import make_frame
-from fabricfn.compiling.arguments import Layout, Part, with_numbers
+from fabricfn.compiling.arguments import KnownState, Part
 from fabricfn.compiling.draws import Draws, KeyBits
+from fabricfn.compiling.hyperparams import joined
 from fabricfn.copying import copy_onto
 from fabricfn.engine import Engine, Frame
 from fabricfn.errors import CapabilityError
@@ -20,7 +21,7 @@ from fabricfn.records import Grads, Model, Ref
 from fabricfn.runtimes import Runtime
 from fabricfn.states import Counter, Optimizer, Plan
 from fabricfn.strategies.recomputing import recompute
-from fabricfn.tree import tree_flatten, tree_unflatten
+from fabricfn.tree import tree_unflatten
 
 Tensors = Iterator[torch.Tensor]
 untraced: Any = _disable_current_modes
@@ -120,23 +121,22 @@ class Standins:
 
     def _optimizer(self, place: int, part: Part, tensors: Tensors, numbers: Tensors) -> Optimizer:
         given: Optimizer = part.given
-        layout: Layout = given.lease.known
-        hyperparams = with_numbers(given.hyperparams, lambda: next(numbers))
-        leaves = [*part.leaves]
-        for at in layout.tensors:
+        known: KnownState = part.known
+        hyperparams = joined(given.hyperparams, lambda: next(numbers))
+        leaves = [*known.leaves]
+        for at in known.places:
             leaves[at] = next(tensors)
-        for at in layout.counters:
+        for at in known.counters:
             count = next(numbers)
             leaves[at] = Counter(0, count.device, (0, Counts(count)))
-        _, spec = tree_flatten((given.store, given.shared))
-        store, shared = tree_unflatten(spec, leaves)
+        store, shared = tree_unflatten(known.spec, leaves)
         plan = given.plan
         if type(plan.detail) is Fused:
             kernel = dataclasses.replace(plan.detail.kernel, step=plan.detail.kernel.formula)
             plan = dataclasses.replace(plan, detail=dataclasses.replace(plan.detail, kernel=kernel))
         self.plans[id(plan)] = given.plan
-        count: Any = StepCount(place)
-        return Optimizer(store=store, shared=shared, hyperparams=hyperparams, step=count, plan=plan)
+        step: Any = StepCount(place)
+        return Optimizer(store=store, shared=shared, hyperparams=hyperparams, step=step, plan=plan)
 
 
 def stand_in(rt: Runtime, engine: Engine) -> Engine:
@@ -167,5 +167,3 @@ def stand_in(rt: Runtime, engine: Engine) -> Engine:
 def _mended(frame: Frame) -> None:
     frame.broken = False
 
-
-Number = Callable[[], torch.Tensor]

@@ -3,12 +3,14 @@
 import contextlib
 import inspect
 import warnings
+from itertools import chain
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fabricfn.compiling.arguments import Part, described_of, flatten, part_of
+from fabricfn.compiling.arguments import Part, flatten, part_of
+from fabricfn.compiling.describing import described, difference, names_of
 from fabricfn.compiling.graphs import Backend, Trace, empty_numbers, trace
 from fabricfn.compiling.results import Call, lose
 from fabricfn.errors import CapabilityError
@@ -48,28 +50,28 @@ class CompiledStep:
         return f"CompiledStep({name}, {self.traces} traces, {self.seconds:.1f} s of compiling)"
 
     def _run(self, where: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, spec = flatten((args, kwargs))
+        leaves, spec = flatten(args, kwargs)
         parts = [part_of(leaf) for leaf in leaves]
         key = (spec, *[part.key for part in parts])
         found = self.known.get(key)
         if found is None:
-            described = described_of(self.step_fn, args, kwargs)
-            self._warn(described)
-            found = trace(self.rt, self.step_fn, spec, parts, described, self.backend, self.options)
+            names = names_of(self.step_fn, args, kwargs, spec)
+            self._warn(described(names, parts))
+            found = trace(self.rt, self.step_fn, spec, parts, names, self.backend, self.options)
             self.known[key] = found
             self.seconds += found.seconds
         return self._compute(found, parts, where)
 
     def _compute(self, found: Trace, parts: Sequence[Part], where: Place) -> Any:
-        inputs = [tensor for part in parts for tensor in part.tensors]
-        numbers = [number for part in parts for number in part.numbers]
+        inputs = [*chain.from_iterable([part.tensors for part in parts])]
+        numbers = [*chain.from_iterable([part.numbers for part in parts])]
         results = found.results
         call = Call(parts, where, inputs, numbers)
         if results.spent:
             refuse_overlaps(results.spent, parts)
         passed = [*inputs]
         if numbers:
-            passed.append(torch.tensor(numbers, dtype=torch.float64).to(self.rt.device))
+            passed.append(torch.tensor(numbers, dtype=torch.float64, device=self.rt.device))
         for block in found.blocks:
             passed += block.drawn([part.given for part in parts], self.rt.device)
         try:
@@ -81,19 +83,14 @@ class CompiledStep:
         call.pool = [*inputs, *outputs]
         return results.make(call)
 
-    def _warn(self, described: Mapping[str, str]) -> None:
+    def _warn(self, now: Mapping[str, str]) -> None:
         if len(self.known) < self.limit:
             return
-        before = list(self.known.values())[-1].described
-        differing = [
-            f"{name}: {before.get(name, 'nothing')} -> {described.get(name, 'nothing')}"
-            for name in {**before, **described}
-            if before.get(name) != described.get(name)
-        ]
+        found = difference(list(self.known.values())[-1].described, now)
         warnings.warn(
-            f"{self!r} is compiled once more, since its arguments changed: {'; '.join(differing[:4])}. Keep shapes,"
-            " dtypes, modes and constants the same (pad the last batch, or drop it: ff.setup_dataloader(...,"
-            " tail='drop'); pass what changes as a float or a tensor), or allow more graphs: compile_step(..., limit=n).",
+            f"{self!r} is compiled once more, since its arguments changed: {found}. Keep shapes, dtypes, modes and"
+            ' constants as they are: drop the last batch (ff.setup_dataloader(..., tail="drop")) or pad it, pass what'
+            " changes as a float or a tensor. Or allow more graphs: compile_step(..., limit=n).",
             stacklevel=4,
         )
 
