@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         scatter as scatter,
         send as send,
     )
+    from fabricfn.compiling import compile_step as compile_step
     from fabricfn.data import (
         batches as batches,
         setup_dataloader as setup_dataloader,
@@ -153,6 +154,7 @@ else:
         "gradients": "value_and_grad value accumulate",
         "pipelining": "pipeline_value_and_grad pipeline_value",
         "clipping": "clip_gradients",
+        "compiling": "compile_step",
         "optimizers": "setup_optimizer optimizer_step schedule_from_torch reduce_on_plateau",
         "states": "Optimizer",
         "records": "Model Grads Cursor",

@@ -89,7 +89,9 @@ def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
     both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.wire) for part in (sums.loss, sums.weight)])
     if tracing():  # weights that sum to zero give NaN
         loss, weight = all_reduce([both], world.group, "sum")[0].unbind()
-        return (loss / weight).to(sums.loss.dtype if sums.loss.is_floating_point() else dtype), world.world_size / weight
+        return (loss / weight).to(
+            sums.loss.dtype if sums.loss.is_floating_point() else dtype
+        ), world.world_size / weight
     if world.group is not None:
         dist.all_reduce(both, group=world.group)
     loss, weight = cast("list[float]", both.tolist())

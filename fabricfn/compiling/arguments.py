@@ -69,6 +69,12 @@ class KnownState(Known):
     numbers: Sequence[float] = ()
     """The hyperparameters, divided: see `hyperparams.split`."""
 
+    def take_over(self, before: "KnownState", hyperparams: Any) -> None:
+        """What holds for another record over the same memory, too."""
+        self.memory = before.memory
+        if hyperparams is before.hyperparams:
+            self.hyperparams, self.static, self.numbers = hyperparams, before.static, before.numbers
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Part:

@@ -48,6 +48,7 @@ class Trace:
     """What the step calls its arguments."""
     described: Mapping[str, str]
     """What the graph depends on in them, as messages show it."""
+    number_dtype: torch.dtype
     seconds: float
 
 
@@ -68,6 +69,7 @@ def trace(
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
         tensors = [tensor for part in parts for tensor in part.tensors]
         count = sum(len(part.numbers) for part in parts)
+        widest = torch.float32 if rt.device.type == "mps" else torch.float64
         draws = Draws()
         standins = Standins(rt, draws)
         found: list[Results] = []
@@ -93,7 +95,7 @@ def trace(
             examples = [
                 torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=one.device) for one in tensors
             ]
-            examples += [empty_numbers(rt, count)] * bool(count)
+            examples += [torch.empty(count, dtype=widest, device=rt.device)] * bool(count)
             try:
                 gm = make_fx(flat)(*examples)
             except Exception as error:  # whatever the user's code raises: it is told where
@@ -106,13 +108,9 @@ def trace(
             blocks=[block for block in draws.blocks if block.draws],
             names=names,
             described=described(names, parts),
+            number_dtype=widest,
             seconds=time.perf_counter() - start,
         )
-
-
-def empty_numbers(rt: Runtime, count: int) -> torch.Tensor:
-    """As many numbers, in the widest dtype that the device has."""
-    return torch.empty(count, dtype=torch.float32 if rt.device.type == "mps" else torch.float64, device=rt.device)
 
 
 def in_order(gm: fx.GraphModule) -> None:
@@ -132,9 +130,9 @@ def compiled(
     """The function that a back end makes of a graph."""
     examples = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     with tracing_context(TracingContext(fake)):
-      if backend == "inductor":
-        return torch._inductor.compile(gm, examples, options={"size_asserts": False, **options})
-      return (lookup_backend(backend) if isinstance(backend, str) else backend)(gm, examples, **options)
+        if backend == "inductor":
+            return torch._inductor.compile(gm, examples, options={"size_asserts": False, **options})
+        return (lookup_backend(backend) if isinstance(backend, str) else backend)(gm, examples, **options)
 
 
 def blamed(error: Exception) -> Exception:

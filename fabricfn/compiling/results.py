@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fabricfn.compiling.arguments import Known, KnownState, Part, is_record, kinds_of, layout_of
+from fabricfn.compiling.overlaps import Changed
 from fabricfn.compiling.standins import Standins, StepCount
 from fabricfn.errors import CapabilityError
 from fabricfn.leases import Place, bump, unbind
@@ -30,8 +31,6 @@ class Call:
     """The argument's place -> the model that its memory belongs to now."""
 
 
-Changed = tuple[int, ...] | None
-"""Which of a record's tensors changed; None is all."""
 Recipe = Callable[[Call], Any]
 Pick = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -81,12 +80,7 @@ class Results:
         """The results of one call; what it gave away is spent."""
         assert self.spec is not None
         give_away(self.spent, call)
-        made = [recipe(call) for recipe in self.recipes]
-        for place, _ in self.spent:
-            given = call.parts[place].given
-            if type(given) is not Model:
-                spend(given, call.where)
-        return tree_unflatten(self.spec, made)
+        return tree_unflatten(self.spec, [recipe(call) for recipe in self.recipes])
 
     def _recipe(self, leaf: Any) -> Recipe:
         kind = type(leaf)
@@ -183,6 +177,7 @@ class Results:
         places = [place for place, one in enumerate(leaves) if isinstance(one, torch.Tensor)]
         pick = self._pick([leaves[place] for place in places])
         counters = [(place, *self._counter(one)) for place, one in enumerate(leaves) if type(one) is Counter]
+        ats = [place for place, *_ in counters]
         fixed: list[Any] = [None if isinstance(one, torch.Tensor) else one for one in leaves]
         hyperparams, count = self._hyperparams(leaf.hyperparams), self._recipe(leaf.step)
         plan, kinds = self.standins.plans[id(leaf.plan)], None
@@ -191,30 +186,27 @@ class Results:
         def make(call: Call) -> Optimizer:
             nonlocal kinds
             given = None if donor is None else call.parts[donor]
-            tensors = pick(call.pool) if given is None else given.tensors
-            own = [*(fixed if given is None else given.known.leaves)]
-            for place, tensor in zip(places, tensors, strict=True) if given is None else ():
-                own[place] = tensor
+            if given is None:
+                tensors, own = pick(call.pool), [*fixed]
+                for place, tensor in zip(places, tensors, strict=True):
+                    own[place] = tensor
+            else:
+                tensors, own = given.tensors, [*given.known.leaves]
             for place, argument, at, more in counters:
                 counter: Counter = call.parts[argument].known.leaves[at]
                 for _ in range(more):
                     counter = counter.next()
                 own[place] = counter
             store, shared = tree_unflatten(spec, own)
-            made = Optimizer(store=store, shared=shared, hyperparams=hyperparams(call), step=count(call), plan=plan)
+            hyper = hyperparams(call)
+            made = Optimizer(store=store, shared=shared, hyperparams=hyper, step=count(call), plan=plan)
             kinds = kinds or layout_of(own, spec)
-            made.lease.known = KnownState(
-                kinds,
-                {} if given is None else given.known.memory,
-                store=store,
-                spec=spec,
-                leaves=own,
-                tensors=tensors,
-                places=places,
-                counters=[place for place, *_ in counters],
-            )
-            # where other records may hold the memory, let them find out by the versions
-            return made if given is None or given.given.lease.values is None else exposed(made)
+            made.lease.known = known = KnownState(kinds, {}, store, spec, own, tensors, places, ats)
+            if given is not None:
+                known.take_over(given.known, hyper)
+                if given.given.lease.values is not None:  # other records may hold the memory: let them find out
+                    return exposed(made)
+            return made
 
         return make
 
@@ -263,31 +255,23 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def give_away(spent: Sequence[tuple[int, Changed]], call: Call) -> None:
-    """Hand the models that the step gave away on to records over the same memory."""
+    """Mark what the step gave away; its memory belongs to other records now, those of models to `call.handed`."""
     for place, changed in spent:
         given = call.parts[place].given
+        lease = given.lease
         if type(given) is Model:
             updated = None if changed is None else picking(changed)([*given.params.values()])
-            known = given.lease.known
-            unbind(given.lease)  # what looks at the values is bound again when it is used: no counting at every step
+            unbind(lease)  # what looks at the values is bound again when it is used, and not counted up at every step
             made = call.handed[place] = handed_on(given, None, call.where, updated)
-            made.lease.known, made.lease.apart = known, True
-
-
-def spend(record: Any, where: Place) -> None:
-    """Mark an optimizer, or gradients, as given away."""
-    record.lease.spend(where)
-    if record.lease.values is not None:
-        bump([value for value in record.lease.values.values() if isinstance(value, torch.Tensor)])
+            made.lease.known, made.lease.apart = lease.known, True
+            continue
+        lease.spend(call.where)
+        if lease.values is not None:
+            bump([value for value in lease.values.values() if isinstance(value, torch.Tensor)])
 
 
 def lose(spent: Sequence[tuple[int, Changed]], call: Call) -> None:
-    """After a failure in the middle: what was to be given away is spent, and nobody has it."""
+    """After a failure in the middle: what was to be given away is lost."""
     give_away(spent, call)
     for model in call.handed.values():
-        unbind(model.lease)
         model.lease.spend(call.where)
-    for place, _ in spent:
-        if place not in call.handed:
-            spend(call.parts[place].given, call.where)
-

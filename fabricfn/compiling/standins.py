@@ -166,4 +166,3 @@ def stand_in(rt: Runtime, engine: Engine) -> Engine:
 
 def _mended(frame: Frame) -> None:
     frame.broken = False
-

@@ -1,17 +1,16 @@
-"""`compile_step`: a user's step as one graph per signature of its arguments."""
+"""`compile_step`: a user's step as one graph for each signature of its arguments."""
 
-import contextlib
-import inspect
 import warnings
-from itertools import chain
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from fabricfn.compiling.arguments import Part, flatten, part_of
 from fabricfn.compiling.describing import described, difference, names_of
-from fabricfn.compiling.graphs import Backend, Trace, empty_numbers, trace
+from fabricfn.compiling.graphs import Backend, Trace, trace
+from fabricfn.compiling.overlaps import check_memory
 from fabricfn.compiling.results import Call, lose
 from fabricfn.errors import CapabilityError
 from fabricfn.leases import Place, caller
@@ -22,84 +21,79 @@ STRATEGIES = ("single", "functional")
 
 
 class CompiledStep:
-    """A step that runs as one graph. Call it as the step; `traces` and `seconds` say what compiling cost so far."""
+    """A step that runs as one graph: call it as the step.
+
+    `traces` is the number of graphs so far, `seconds` what tracing and compiling them took.
+    """
 
     def __init__(
         self, rt: Runtime, step_fn: Callable[..., Any], backend: Backend, options: Mapping[str, Any], limit: int
     ) -> None:
         self.rt = rt
         self.step_fn = step_fn
-        self.backend = backend
+        self.backend: Backend = backend
         self.options = options
         self.limit = limit
         self.seconds = 0.0
-        """What tracing and compiling took, all together."""
-        self.known: dict[Hashable, Trace] = {}
-        self._counted = counted(rt.world, "a compiled step", self._run)
+        self._graphs: dict[Hashable, Trace] = {}
+        self._run = counted(rt.world, "a compiled step", self._here)
 
     @property
     def traces(self) -> int:
-        """How many graphs were made."""
-        return len(self.known)
+        """How many graphs there are, one for each signature."""
+        return len(self._graphs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._counted(caller(), args, kwargs)
+        return self._run(caller(), args, kwargs)
 
     def __repr__(self) -> str:
         name = getattr(self.step_fn, "__name__", type(self.step_fn).__name__)
-        return f"CompiledStep({name}, {self.traces} traces, {self.seconds:.1f} s of compiling)"
+        return f"CompiledStep({name}, {self.traces} graphs, {self.seconds:.1f} s of compiling)"
 
-    def _run(self, where: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _here(self, where: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten(args, kwargs)
         parts = [part_of(leaf) for leaf in leaves]
         key = (spec, *[part.key for part in parts])
-        found = self.known.get(key)
+        found = self._graphs.get(key)
         if found is None:
             names = names_of(self.step_fn, args, kwargs, spec)
-            self._warn(described(names, parts))
+            if self.traces >= self.limit:
+                self._warn(described(names, parts))
             found = trace(self.rt, self.step_fn, spec, parts, names, self.backend, self.options)
-            self.known[key] = found
+            self._graphs[key] = found
             self.seconds += found.seconds
-        return self._compute(found, parts, where)
-
-    def _compute(self, found: Trace, parts: Sequence[Part], where: Place) -> Any:
-        inputs = [*chain.from_iterable([part.tensors for part in parts])]
-        numbers = [*chain.from_iterable([part.numbers for part in parts])]
-        results = found.results
-        call = Call(parts, where, inputs, numbers)
-        if results.spent:
-            refuse_overlaps(results.spent, parts)
-        passed = [*inputs]
-        if numbers:
-            passed.append(torch.tensor(numbers, dtype=torch.float64, device=self.rt.device))
-        for block in found.blocks:
-            passed += block.drawn([part.given for part in parts], self.rt.device)
-        try:
-            with torch.no_grad():
-                outputs = found.run(*passed)
-        except BaseException:
-            lose(results.spent, call)
-            raise
-        call.pool = [*inputs, *outputs]
-        return results.make(call)
+        return compute(self.rt, found, parts, where)
 
     def _warn(self, now: Mapping[str, str]) -> None:
-        if len(self.known) < self.limit:
-            return
-        found = difference(list(self.known.values())[-1].described, now)
+        before = list(self._graphs.values())[-1].described
         warnings.warn(
-            f"{self!r} is compiled once more, since its arguments changed: {found}. Keep shapes, dtypes, modes and"
-            ' constants as they are: drop the last batch (ff.setup_dataloader(..., tail="drop")) or pad it, pass what'
-            " changes as a float or a tensor. Or allow more graphs: compile_step(..., limit=n).",
+            f"{self!r} is compiled once more, since its arguments changed: {difference(before, now)}. Keep shapes,"
+            ' dtypes, modes and constants as they are: drop the last batch (ff.setup_dataloader(..., tail="drop")) or'
+            " pad it, pass what changes as a float or a tensor. Or allow more graphs: compile_step(..., limit=n).",
             stacklevel=4,
         )
 
 
-def refuse_overlaps(spent: Any, parts: Sequence[Part]) -> None:
-    """Raise `ModelError` if memory that is given away is that of another argument, too."""
-
-
-_ = (contextlib, inspect, CapabilityError, empty_numbers)
+def compute(rt: Runtime, found: Trace, parts: Sequence[Part], where: Place) -> Any:
+    """One call: tensors and numbers into the graph, its outputs into records."""
+    inputs = [*chain.from_iterable([part.tensors for part in parts])]
+    numbers = [*chain.from_iterable([part.numbers for part in parts])]
+    results = found.results
+    call = Call(parts, where, inputs, numbers)
+    if results.spent:
+        check_memory(results.spent, parts, found.names)
+    passed = [*inputs]
+    if numbers:
+        passed.append(torch.tensor(numbers, dtype=found.number_dtype, device=rt.device))
+    for block in found.blocks:
+        passed += block.drawn([part.given for part in parts], rt.device)
+    try:
+        outputs = found.run(*passed)
+    except BaseException:
+        lose(results.spent, call)
+        raise
+    call.pool = [*inputs, *outputs]
+    return results.make(call)
 
 
 def compile_step(
@@ -110,5 +104,62 @@ def compile_step(
     options: Mapping[str, Any] | None = None,
     limit: int = 8,
 ) -> CompiledStep:
-    """x."""
+    """A training step as one compiled graph: forward, backward, all-reduce, clipping, optimizer.
+
+    Laws: the compiled step means what `step_fn` means, up to rounding: values, gradients, buffers, random numbers,
+    `donate=True` and who may use what afterwards. Its results are ordinary records, and so are its arguments. It is
+    traced once for each signature of its arguments (shapes, dtypes, modes, constants); learning rates, step counts,
+    other floats and keys may change from call to call. Everything else that Python computes in `step_fn`, closures
+    included, is computed once, while it is traced.
+
+    Under the strategies "single" and "functional"; "functional" averages gradients inside the graph. Where there are
+    several ranks every rank must call the compiled step, with arguments of the same signature.
+
+    Args:
+        step_fn: `step_fn(*args, **kwargs) -> results`, built of `value_and_grad`, `accumulate`, `clip_gradients`,
+            `optimizer_step`, `apply`, `map_params` and operations on tensors. All Models, Optimizers and keys that it
+            uses are arguments. Trees of arguments and of results may be any.
+        backend: what compiles the graph: "inductor"; a name of `torch.compile`'s back ends ("aot_eager", "eager" compile
+            nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`.
+        options: settings of the back end; for inductor those of `torch._inductor.config`.
+        limit: how many graphs are made without a warning that names the argument that changed.
+
+    Returns:
+        A function to be called as `step_fn`, with the attributes `traces` and `seconds`. Every rank gets its own.
+
+    Raises:
+        CapabilityError: another strategy, or a precision with a loss scale; (from the compiled step) a step that looks
+            at the numbers of a tensor (the message names the line), an optimizer that has no formula.
+        DonatedError: (from the compiled step) an argument was given away.
+        ModelError: (from the compiled step) what is given away shares memory with another argument.
+
+    Example:
+        >>> import torch, fabricfn as ff
+        >>> rt = ff.init_runtime(devices=1, accelerator="cpu")
+        >>> model = ff.setup_model(rt, torch.nn.Linear(2, 1))
+        >>> opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+        >>> grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
+        >>> def step(model, opt, x, lr):
+        ...     loss, grads = grad_fn(model, x)
+        ...     model, opt = ff.optimizer_step(rt, model, opt, grads, lr=lr, donate=True)
+        ...     return model, opt, loss
+        >>> step = ff.compile_step(rt, step, backend="eager")
+        >>> for lr in (0.1, 0.05, 0.025):
+        ...     model, opt, loss = step(model, opt, torch.ones(4, 2), lr)
+        >>> step.traces, opt.step
+        (1, 3)
+    """
+    if rt.strategy.name not in STRATEGIES:
+        raise CapabilityError(
+            f"strategy={rt.strategy.name!r} works by hooks or by parts of parameters, which cannot be one graph;"
+            f' compile_step serves {" and ".join(map(repr, STRATEGIES))}. Write init_runtime(strategy="functional") for'
+            " replicas on several ranks, or leave the step as it is and compile the net:"
+            " ff.setup_model(rt, module, compile=True)."
+        )
+    if rt.precision.loss_scale is not None:
+        raise CapabilityError(
+            "a loss scale looks at the gradients on the host at every step, which a compiled step cannot. Write"
+            ' precision="bf16-mixed", which needs none; or leave the step as it is and compile the net:'
+            " ff.setup_model(rt, module, compile=True)."
+        )
     return CompiledStep(rt, step_fn, backend, dict(options or {}), limit)
