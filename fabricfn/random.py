@@ -121,7 +121,7 @@ class seeded:
     def __init__(self, key: Key, device: torch.device, index: int | None = None) -> None:
         check_key(key)
         bits = key.bits if index is None else _under(key.bits, index)
-        self._seed = bits ^ SIGN if type(bits) is int else bits
+        self._seed: Any = bits ^ SIGN if type(bits) is int else bits
         self._other = None if device == CPU else device_generator(device)
 
     def __enter__(self) -> None:

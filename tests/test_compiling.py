@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import inspect
 import re
-import warnings
 
 import pytest
 import torch
@@ -89,7 +88,7 @@ def test_a_compiled_step_is_the_eager_step(rt, name, donate):
     opt = ff.setup_optimizer(rt, model, cls, lr=0.1, **options)
     eager, mine = copies(model, opt), copies(model, opt)
     step = make_step(rt, donate)
-    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    compiled = ff.compile_step(rt, step, backend=BACKEND if donate else "eager")
     for number in range(5):
         batch = [*make_batch(number)]
         changing = {"lr": 0.1 / (number + 1), "rng": ff.fold_in(ff.key(1), number)}
@@ -142,9 +141,7 @@ def test_functional_on_two_ranks_is_single_on_the_whole_batch(threads, weighted)
     data = [tuple(make_batch(number)) for number in range(3)]
 
     def on(size, strategy):
-        return threads.run(
-            run_on_ranks, net, data, weighted, world_size=size, strategy=strategy, precision="64-true"
-        )
+        return threads.run(run_on_ranks, net, data, weighted, world_size=size, strategy=strategy, precision="64-true")
 
     (whole,), both = on(1, "single"), on(2, "functional")
     for mine in both:
@@ -152,3 +149,405 @@ def test_functional_on_two_ranks_is_single_on_the_whole_batch(threads, weighted)
             torch.testing.assert_close(one, other, rtol=0, atol=ATOL)
         if weighted:
             torch.testing.assert_close(whole[1], mine[1], rtol=0, atol=ATOL)
+
+
+def test_inductor_compiles_it(rt):
+    """The default back end, on a step that is tiny: a C++ compiler takes seconds."""
+    model = ff.setup_model(rt, nn.Linear(2, 1))
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1)
+    eager, mine = copies(model, opt), copies(model, opt)
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
+
+    def step(model, opt, x):
+        loss, grads = grad_fn(model, x)
+        return *ff.optimizer_step(rt, model, opt, grads, donate=True), loss
+
+    compiled = ff.compile_step(rt, step)
+    for number in range(3):
+        x = torch.full((4, 2), number + 1.0, dtype=torch.float64)
+        *eager, loss = step(*eager, x)
+        *mine, my_loss = compiled(*mine, x)
+        assert_close(eager, mine)
+        torch.testing.assert_close(loss, my_loss, rtol=0, atol=ATOL)
+    assert compiled.traces == 1 and compiled.seconds > 0 and "1 graphs" in repr(compiled)
+
+
+def test_numbers_that_change_are_not_traced_again(rt):
+    model = ff.setup_model(rt, make_net())
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1, groups={"*.bias": {"weight_decay": 0.0}})
+    grad_fn = ff.value_and_grad(rt, mse)
+
+    def step(model, opt, x, y, betas):
+        loss, grads = grad_fn(ff.eval_mode(model), x, y)
+        return ff.optimizer_step(rt, model, opt, grads, betas=(betas, 0.99), donate=True)
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    eager, mine = copies(model, opt), copies(model, opt)
+    for number in range(4):
+        batch = [*make_batch(number)]
+        rate = 0.1 / (number + 1)
+        eager, mine = (
+            (one, dataclasses.replace(opt, hyperparams=tuple({**group, "lr": rate} for group in opt.hyperparams)))
+            for one, opt in (eager, mine)
+        )
+        eager, mine = step(*eager, *batch, 0.9 - rate), compiled(*mine, *batch, 0.9 - rate)
+        assert_close(eager, mine)
+        assert mine[1].hyperparams == eager[1].hyperparams
+        assert mine[1].hyperparams[0]["lr"] == rate
+    assert compiled.traces == 1
+
+
+def test_results_go_into_eager_functions_and_theirs_go_in(rt, tmp_path):
+    model = ff.setup_model(rt, make_net())
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1)
+    step = make_step(rt, donate=True)
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    eager, mixed = copies(model, opt), copies(model, opt)
+    for number in range(6):
+        batch = [*make_batch(number)]
+        changing = {"lr": 0.1, "rng": ff.fold_in(ff.key(2), number)}
+        *eager, _ = step(*eager, *batch, **changing)
+        *mixed, _ = (step if number % 2 else compiled)(*mixed, *batch, **changing)
+        assert_close(eager, mixed)
+        if number == 2:
+            ff.save(rt, tmp_path / "c", {"model": mixed[0], "opt": mixed[1]})
+            loaded = ff.load(rt, tmp_path / "c", {"model": model, "opt": opt})
+            mixed = [loaded["model"], loaded["opt"]]
+    assert compiled.traces == 1
+    before = mixed[0]
+    x, y = make_batch(0)
+    expected = ff.apply(rt, ff.eval_mode(before), x)
+    compiled(*mixed, x, y, 0.1, ff.key(0))
+    assert expected.shape == (8, 2)
+    with pytest.raises(ff.DonatedError, match="given away"):
+        ff.apply(rt, before, x)
+
+
+def test_what_is_given_away_is_spent_and_what_is_not_keeps_its_bits(rt):
+    model = ff.setup_model(rt, make_net())
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1)
+    x, y = make_batch(0)
+    kept = copy.deepcopy(tensors_of(model, opt))
+    pure = ff.compile_step(rt, make_step(rt), backend=BACKEND)
+    first, again = (pure(model, opt, x, y, 0.1, ff.key(0)) for _ in range(2))
+    for one, other in zip(kept, tensors_of(model, opt), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(tensors_of(*first[:2]), tensors_of(*again[:2]), strict=True):
+        assert torch.equal(one, other)
+    donating = ff.compile_step(rt, make_step(rt, donate=True), backend=BACKEND)
+    after, next_opt, _ = donating(model, opt, x, y, 0.1, ff.key(0))
+    line = inspect.currentframe().f_lineno - 1
+    assert all(after.params[name] is value for name, value in model.params.items()), "updated in place"
+    assert_close(first[:2], (after, next_opt))
+    for spoilt in ((model, next_opt), (after, opt)):
+        with pytest.raises(ff.DonatedError, match=rf"test_compiling\.py:{line}"):
+            donating(*spoilt, x, y, 0.1, ff.key(0))
+    with pytest.raises(ff.DonatedError):
+        ff.optimizer_step(rt, after, opt, ff.value_and_grad(rt, mse)(after, x, y)[1])
+
+
+def test_an_older_graph_over_donated_values_fails_in_backward(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    x, y = make_batch(0)
+    wanted = ff.apply(rt, model, x.requires_grad_()).square().sum()
+    ff.compile_step(rt, make_step(rt, donate=True), backend=BACKEND)(model, opt, x.detach(), y, 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        wanted.backward()
+
+
+def test_memory_of_two_arguments_is_not_given_away(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    x, _ = make_batch(0)
+    grad_fn = ff.value_and_grad(rt, lambda net, other, x: net(x).square().mean() + other(x).mean())
+
+    def step(model, opt, ema, x):
+        _, grads = grad_fn(model, ema, x)
+        return *ff.optimizer_step(rt, model, opt, grads, donate=True), ema
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    with pytest.raises(ff.ModelError, match="model and ema"):
+        compiled(model, opt, model, x)
+    ema = ff.map_params(torch.clone, model)
+    model, opt, ema = compiled(model, opt, ema, x)
+    with pytest.raises(ff.ModelError, match="model and x"):
+        compiled(model, opt, ema, model.params["weight"])
+    compiled(model, opt, ema, x)
+
+
+def test_a_step_that_fails_loses_what_it_was_given(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    x, y = make_batch(0)
+
+    def failing(graph, examples):
+        def run(*inputs):
+            raise RuntimeError("out of memory")
+
+        return run
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ff.compile_step(rt, make_step(rt, donate=True), backend=failing)(model, opt, x, y, 0.1)
+    with pytest.raises(ff.DonatedError):
+        ff.apply(rt, model, x)
+
+
+def test_several_models_optimizers_constants_and_averages(rt):
+    """A GAN-like step: two models, two optimizers, a tree of models, a moving average, a frozen teacher, gradients."""
+    torch.manual_seed(0)
+    nets = {"a": nn.Linear(4, 4, bias=False), "b": nn.Sequential(nn.Linear(4, 2, bias=False), nn.BatchNorm1d(2))}
+    pair = {name: ff.setup_model(rt, net) for name, net in nets.items()}
+    critic, teacher = (ff.setup_model(rt, nn.Linear(2, 1)) for _ in range(2))
+    opt = ff.setup_optimizer(rt, pair, torch.optim.AdamW, lr=0.01)
+    critic_opt = ff.setup_optimizer(rt, critic, torch.optim.SGD, lr=0.1)
+
+    def pair_loss(nets, critic, teacher, x):
+        out = nets["b"](nets["a"](x))
+        return (critic(out) - teacher(out)).square().mean(), out
+
+    grad_pair = ff.value_and_grad(rt, pair_loss, has_aux=True)
+    grad_critic = ff.accumulate(rt, lambda net, out: net(out).square().mean())
+
+    def step(state, batch):
+        (loss, out), grads = grad_pair(state["pair"], state["critic"], state["teacher"], batch["x"])
+        pair, opt = ff.optimizer_step(rt, state["pair"], state["opt"], grads, donate=True)
+        _, grads_critic = grad_critic(state["critic"], [(half,) for half in out.tensor_split(2)])
+        critic, critic_opt = ff.optimizer_step(rt, state["critic"], state["critic_opt"], grads_critic)
+        ema = ff.map_params(lambda old, new: 0.9 * old + 0.1 * new, state["ema"], pair["b"])
+        state = {**state, "pair": pair, "opt": opt, "critic": critic, "critic_opt": critic_opt, "ema": ema}
+        return state, {"loss": loss, "out": out, "grads": grads_critic, "name": batch["name"], "none": None}
+
+    def state_of():
+        copied = ff.tree_map(torch.clone, {"pair": pair, "opt": opt, "critic": critic, "critic_opt": critic_opt})
+        return {**copied, "teacher": teacher, "ema": ff.map_params(torch.clone, pair["b"])}
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    eager, mine = state_of(), state_of()
+    for number in range(3):
+        batch = {"x": next(make_batch(number)), "name": "x"}
+        (eager, told), (mine, mine_told) = step(eager, batch), compiled(mine, batch)
+        for key in ("critic", "ema", "critic_opt"):
+            assert_close([eager[key]], [mine[key]])
+        for name in pair:
+            assert_close([eager["pair"][name]], [mine["pair"][name]])
+        assert mine["teacher"] is teacher
+        torch.testing.assert_close(told["out"], mine_told["out"], rtol=0, atol=ATOL)
+        torch.testing.assert_close(
+            told["grads"].params["weight"], mine_told["grads"].params["weight"], rtol=0, atol=ATOL
+        )
+        assert mine_told["name"] == "x" and mine_told["none"] is None
+    assert compiled.traces == 1
+    ff.optimizer_step(rt, mine["critic"], mine["critic_opt"], mine_told["grads"])
+
+
+def test_an_init_update_pair(rt):
+    def init(params):
+        return {name: torch.zeros_like(value) for name, value in params.items()}
+
+    def update(grads, state, params, scale=1.0):
+        state = {name: 0.9 * state[name] + grad for name, grad in grads.items()}
+        return {name: -0.1 * scale * value for name, value in state.items()}, state
+
+    model = ff.setup_model(rt, make_net())
+    opt = ff.setup_optimizer(rt, model, (init, update))
+    grad_fn = ff.value_and_grad(rt, mse)
+
+    def step(model, opt, x, y):
+        _, grads = grad_fn(model, x, y, rng=None)
+        return ff.optimizer_step(rt, ff.eval_mode(model), opt, grads, scale=0.5, donate=True)
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    eager, mine = copies(ff.eval_mode(model), opt), copies(ff.eval_mode(model), opt)
+    for number in range(3):
+        batch = [*make_batch(number)]
+        eager, mine = step(*eager, *batch), compiled(*mine, *batch)
+        assert_close([eager[0]], [mine[0]])
+    assert compiled.traces == 1
+
+
+def test_random_operations_draw_the_same_numbers(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+
+    def noisy(net, x, y):
+        x = x + torch.randn_like(x) + torch.rand(4, dtype=torch.float64)
+        keep = torch.empty(8, 1, dtype=torch.float64).bernoulli_(0.5) + torch.randint(3, (8, 1))
+        return F.mse_loss(F.dropout(net(x)) * keep, y) + torch.native_dropout(x, 0.5, True)[0].sum()
+
+    step = make_step(rt, loss_fn=noisy)
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    for rng in (None, ff.key(1), ff.key(2)):
+        batch = [*make_batch(0)]
+        torch.manual_seed(0)
+        expected = step(model, opt, *batch, 0.1, rng)
+        after = torch.rand(1)
+        torch.manual_seed(0)
+        found = compiled(model, opt, *batch, 0.1, rng)
+        assert_close(expected[:2], found[:2])
+        assert torch.equal(after, torch.rand(1)), "the global generator is where the eager step leaves it"
+    assert compiled.traces == 2, "one without a key, one with one"
+
+
+def test_bf16_mixed_computes_in_bfloat16():
+    rt = ff.init_runtime(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model = ff.setup_model(rt, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    dtypes = []
+
+    def loss_fn(net, x, y):
+        out = net(x)
+        dtypes.append(out.dtype)
+        return F.mse_loss(out.float(), y)
+
+    step = make_step(rt, loss_fn=loss_fn)
+    batch = [one.float() for one in make_batch(0)]
+    expected = step(model, opt, *batch, 0.1)
+    found = ff.compile_step(rt, step, backend=BACKEND)(model, opt, *batch, 0.1)
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(expected[2]["loss"], found[2]["loss"], rtol=1e-6, atol=0)
+    for one, other in zip(tensors_of(expected[0]), tensors_of(found[0]), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_other_shapes_and_constants_are_traced_once_each(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    grad_fn = ff.value_and_grad(rt, lambda net, x, y, kind: mse(net, x, y) if kind == "mse" else net(x).abs().mean())
+
+    def step(model, opt, batch, kind):
+        loss, grads = grad_fn(model, *batch, kind)
+        return *ff.optimizer_step(rt, model, opt, grads), loss
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND, limit=2)
+    for rows, kind in ((8, "mse"), (3, "mse"), (8, "mse"), (3, "mse")):
+        batch = tuple(make_batch(0, rows))
+        torch.testing.assert_close(
+            compiled(model, opt, batch, kind)[2], step(model, opt, batch, kind)[2], rtol=0, atol=ATOL
+        )
+    assert compiled.traces == 2
+    batch = tuple(make_batch(0, 5))
+    with pytest.warns(
+        UserWarning, match=r"batch/0: float64 \(3, 4\).* -> float64 \(5, 4\).*batch/1.*kind: 'mse' -> 'l1'"
+    ):
+        loss = compiled(model, opt, batch, "l1")[2]
+    torch.testing.assert_close(loss, step(model, opt, batch, "l1")[2], rtol=0, atol=ATOL)
+
+
+def test_another_module_behind_an_equal_model_is_another_graph(rt):
+    one, other = (ff.setup_model(rt, nn.Sequential(nn.Linear(4, 2), act)) for act in (nn.ReLU(), nn.Tanh()))
+    compiled = ff.compile_step(rt, lambda model, x: ff.apply(rt, model, x), backend=BACKEND)
+    x, _ = make_batch(0)
+    for model in (one, other, ff.eval_mode(one)):
+        torch.testing.assert_close(compiled(model, x), ff.apply(rt, model, x), rtol=0, atol=ATOL)
+    assert compiled.traces == 3
+
+
+# what a compiled step refuses
+
+
+def line_of(text):
+    """The number of the line in this file that holds the text."""
+    lines = inspect.getsource(inspect.getmodule(line_of)).splitlines()
+    return next(number for number, line in enumerate(lines, 1) if text in line)
+
+
+def by_branch(net, x):
+    loss = net(x).mean()
+    if loss > 0:  # a question to a tensor
+        loss = -loss
+    return loss
+
+
+def by_item(net, x):
+    return net(x).mean() * net(x).mean().item()  # a number of a tensor
+
+
+def by_mask(net, x):
+    out = net(x)
+    return out[out > 0].mean()  # a shape that depends on numbers
+
+
+def by_numpy(net, x):
+    return net(x).mean() + float(x.numpy().sum())  # the memory of a tensor
+
+
+@pytest.mark.parametrize("loss_fn", [by_branch, by_item, by_mask, by_numpy])
+def test_a_look_at_numbers_names_the_line(rt, loss_fn):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    grad_fn = ff.value_and_grad(rt, loss_fn)
+    compiled = ff.compile_step(rt, grad_fn, backend=BACKEND)
+    marks = {by_branch: "a question to", by_item: "a number of", by_mask: "a shape that", by_numpy: "the memory of"}
+    number = line_of(f"# {marks[loss_fn]}")
+    x, _ = make_batch(0)
+    with pytest.raises(ff.CapabilityError, match=rf"test_compiling\.py:{number}:.*(?s:.*)torch\.where"):
+        compiled(model, x)
+    assert compiled.traces == 0
+    grad_fn(model, x)  # nothing is left broken
+
+
+@pytest.mark.parametrize("case", ["model", "key", "schedule", "fold", "multinomial", "optimizer"])
+def test_what_a_graph_would_keep_for_ever_is_refused(rt, case):
+    model, other = (ff.setup_model(rt, nn.Linear(4, 2)) for _ in range(2))
+    optimizer = torch.optim.RMSprop if case == "optimizer" else torch.optim.SGD
+    opt = ff.setup_optimizer(rt, model, optimizer, lr=0.1)
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
+
+    def step(model, opt, x, rng):
+        key = {"key": ff.key(1), "fold": ff.fold_in(rng, opt.step) if case == "fold" else rng}.get(case, rng)
+        _, grads = grad_fn(other if case == "model" else model, x, rng=key)
+        if case == "multinomial":
+            x.abs().multinomial(2)
+        rate = 0.1 * min(1, opt.step / 10) if case == "schedule" else 0.1
+        return ff.optimizer_step(rt, model, opt, grads, lr=rate)
+
+    words = {
+        "model": r"takes its models as arguments",
+        "key": r"takes its random key as an argument",
+        "schedule": r"lr=schedule\(opt.step\)",
+        "fold": r"rng=ff.fold_in\(key, opt.step\)",
+        "multinomial": r"torch.rand_like",
+        "optimizer": r"RMSprop cannot be compiled.*return the gradients",
+    }
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    x, _ = make_batch(0)
+    with pytest.raises(ff.CapabilityError, match=words[case]) as caught:
+        compiled(model, opt, x, ff.key(0))
+    if case != "optimizer":
+        assert re.search(
+            r"while compile_step traced your step, at\n.*test_compiling\.py:\d+", "".join(caught.value.__notes__)
+        )
+
+
+def refused_on_ranks(rt, net):
+    model = ff.setup_model(rt, net)
+    x, _ = make_batch(rt.rank)
+
+    def step(model, x):
+        return ff.all_reduce(rt, ff.apply(rt, model, x).mean())
+
+    with pytest.raises(ff.CapabilityError, match="messages of its own"):
+        ff.compile_step(rt, step, backend=BACKEND)(model, x)
+
+
+def test_collectives_of_the_users_own_are_refused(threads):
+    threads.run(refused_on_ranks, nn.Linear(4, 2), strategy="functional", precision="64-true")
+
+
+@pytest.mark.parametrize("options", [{"strategy": "ddp"}, {"strategy": "fsdp"}, {"precision": "16-mixed"}])
+def test_other_strategies_and_loss_scales_are_refused_before_anything_runs(options):
+    if "precision" in options:
+        options = {"precision": ff.Precision.parse("16-mixed")}
+    rt = ff.init_runtime(accelerator="cpu", devices=1, **options)
+    with pytest.raises(ff.CapabilityError, match=r"compile=True"):
+        ff.compile_step(rt, lambda model: model)
+
+
+def test_errors_of_the_step_itself_come_through(rt):
+    def step(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        ff.compile_step(rt, step, backend=BACKEND)(torch.ones(2))
+    with pytest.raises(ff.CapabilityError, match="set"):
+        ff.compile_step(rt, lambda x: x, backend=BACKEND)({1, 2})

@@ -219,7 +219,11 @@ def _look(opt: Optimizer) -> KnownState:
 def layout_of(leaves: Sequence[Any], spec: TreeSpec) -> Kinds:
     """The signature of an optimizer's state."""
     kinds = tuple(
-        kind_of(leaf) if isinstance(leaf, torch.Tensor) else Counter if type(leaf) is Counter else (type(leaf), leaf)
+        kind_of(leaf)
+        if isinstance(leaf, torch.Tensor)
+        else Counter
+        if type(leaf) is Counter
+        else (leaf.__class__, leaf)
         for leaf in leaves
     )
     return Kinds((spec, kinds))
@@ -235,8 +239,9 @@ def _begun(opt: Optimizer) -> Any:
         if not columns and hyper.get("momentum") and not hyper["dampening"]:
             empty = functools.partial(torch.empty_strided, dtype=bucket.dtype, device=bucket.device)
             layouts = zip(bucket.shapes, bucket.strides, strict=True)
-            columns = {"momentum_buffer": [empty(*layout).zero_() for layout in layouts]}
-        store.append(columns)
+            store.append({"momentum_buffer": [empty(*layout).zero_() for layout in layouts]})
+        else:
+            store.append(columns)
     return tuple(store)
 
 

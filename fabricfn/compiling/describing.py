@@ -27,7 +27,8 @@ def names_of(step_fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     if type(spec) is not TreeSpec:
         return [*known, *kwargs]
     paths = tree_paths((tuple(args), dict(kwargs)), is_record)
-    return [path_name((known[path[1]] if path[0] == 0 else path[1], *path[2:])) for path in paths]
+    labels: list[tuple[Any, ...]] = [(known[p[1]] if p[0] == 0 else p[1], *p[2:]) for p in paths]
+    return [path_name(label) for label in labels]
 
 
 def described(names: Sequence[str], parts: Sequence[Part]) -> dict[str, str]:

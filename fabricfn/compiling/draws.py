@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricfn.errors import CapabilityError
-from fabricfn.random import Key, fold_in, seeded
+from fabricfn.random import fold_in, seeded
 
 Draw = Callable[[], torch.Tensor]
 
@@ -80,9 +80,7 @@ class Block:
 
     def drawn(self, keys: Sequence[Any], device: torch.device) -> Iterator[torch.Tensor]:
         """The numbers of one call."""
-        key: Key | None = None if self.argument is None else keys[self.argument]
-        for number in self.folds if key is not None else ():
-            key = fold_in(key, number)
+        key: Any = None if self.argument is None else functools.reduce(fold_in, self.folds, keys[self.argument])
         with contextlib.nullcontext() if key is None else seeded(key, device):
             for draw in self.draws:
                 yield draw()
@@ -96,44 +94,52 @@ class Draws(TorchDispatchMode):
         self.blocks = [Block(None)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded not in func.tags or _draws_nothing(func, args, kwargs):
-            return func(*args, **kwargs)
+        options: dict[str, Any] = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags or _draws_nothing(func, args, options):
+            return func(*args, **options)
+        first, rest = (args[0], args[1:]) if args and isinstance(args[0], torch.Tensor) else (None, args)
         if func in _FILLS:
-            return args[0].copy_(self.drawn(func, args, kwargs))
-        if "_like" in str(func) or not any(isinstance(leaf, torch.Tensor) for leaf in args):
-            return self.drawn(func, args, kwargs)
+            return first.copy_(self._drawn(first, lambda like: func(like, *rest, **options)))
+        if func is aten.native_dropout.default:  # what accelerators do in one kernel
+            kept = self._drawn(first, lambda like: func(torch.ones_like(like), *rest, **options)[0])
+            return first * kept, kept != 0
+        if first is not None and "_like" in str(func):
+            return self._drawn(first, lambda like: func(like, *rest, **options))
+        if not any(isinstance(leaf, torch.Tensor) for leaf in args):
+            return self._drawn(None, lambda _: func(*rest, **options))
         raise CapabilityError(
             f"{func} draws random numbers that depend on what the graph computes, which a compiled step cannot. Draw"
             " outside of it and pass the tensor, or start from torch.rand_like and torch.randn_like."
         )
 
-    def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """An input of the graph for what the operation gives; of a tensor it looks at the shape only."""
+    def _drawn(self, like: torch.Tensor | None, draw: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """An input of the graph for what `draw` gives, which looks at the shape of `like` only."""
+        empty = functools.partial(lambda: None)
+        if like is not None:
+            place = {"dtype": like.dtype, "device": like.device}
+            empty = functools.partial(torch.empty_strided, like.shape, like.stride(), **place)
+
+        def drawn() -> torch.Tensor:
+            return draw(empty())
+
         with disable_proxy_modes_tracing():
-            first = [torch.empty_like(args[0])] if args and isinstance(args[0], torch.Tensor) else [*args[:1]]
-            shape = func(*first, *args[1:], **kwargs)
-        like = None
-        if first and isinstance(first[0], torch.Tensor):
-            like = functools.partial(
-                torch.empty_strided, *(first[0].shape, first[0].stride()), dtype=first[0].dtype, device=first[0].device
-            )
-        rest = args[1:]
-
-        def draw() -> torch.Tensor:
-            return func(*args, **kwargs) if like is None else func(like(), *rest, **kwargs)
-
+            shape = drawn()
         mode = get_proxy_mode()
         assert isinstance(mode, ProxyTorchDispatchMode)
-        proxy = mode.tracer.create_proxy("placeholder", f"draw_{sum(len(b.draws) for b in self.blocks)}", (), {})
+        number = sum(len(block.draws) for block in self.blocks)
+        proxy: Any = mode.tracer.create_proxy("placeholder", f"draw_{number}", (), {})
         track_tensor_tree(shape, proxy, constant=None, tracer=mode.tracer)
-        self.blocks[-1].draws.append(draw)
+        self.blocks[-1].draws.append(drawn)
         return shape
 
 
 def _draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operation that may draw does not, since its dropout is off."""
     names = [argument.name for argument in func._schema.arguments]
-    given = {**{one.name: one.default_value for one in func._schema.arguments}, **dict(zip(names, args)), **kwargs}
+    given = {
+        **{one.name: one.default_value for one in func._schema.arguments},
+        **dict(zip(names, args, strict=False)),
+        **kwargs,
+    }
     off = given.get("train") is False or given.get("training") is False
     return off or any(given.get(name) == 0 for name in ("dropout_p", "dropout") if name in given)

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 import torch._inductor
-import torch.distributed._functional_collectives
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch._guards import TracingContext, tracing as tracing_context
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch._guards import TracingContext, tracing as tracing_context
+from torch.distributed import _functional_collectives
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -32,6 +32,8 @@ from fabricfn.errors import CapabilityError, FabricfnError
 from fabricfn.runtimes import Runtime
 
 Backend = str | Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]]
+COLLECTIVES = _functional_collectives
+"""Named here, since a graph can hold them only once that file has told their shapes."""
 _LOCK = threading.RLock()
 """Tracing changes torch's classes for a moment, so ranks that are threads take turns."""
 _NOT_THE_USERS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__ + "/.."))
@@ -131,7 +133,8 @@ def compiled(
     examples = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     with tracing_context(TracingContext(fake)):
         if backend == "inductor":
-            return torch._inductor.compile(gm, examples, options={"size_asserts": False, **options})
+            inductor: Any = torch._inductor
+            return inductor.compile(gm, examples, options={"size_asserts": False, **options})
         return (lookup_backend(backend) if isinstance(backend, str) else backend)(gm, examples, **options)
 
 

@@ -7,7 +7,7 @@ Hyper = Mapping[str, Any]
 
 
 def is_number(name: str, value: Any) -> bool:
-    """Whether a value goes into the graph as a number. One that is 0 leaves its term out; a learning rate never does."""
+    """Whether a value goes into the graph as a number. A 0 leaves its term out, but for a learning rate."""
     return (type(value) is float and (value != 0.0 or name == "lr")) or (type(value) is int and name == "lr")
 
 
@@ -22,7 +22,7 @@ def split(groups: Sequence[Hyper]) -> tuple[Hashable, list[float]]:
                 numbers += several
                 static.append((name, len(several)))
             else:
-                static.append((name, type(value), value))
+                static.append((name, value.__class__, value))
         static.append(None)
     return tuple(static), numbers
 

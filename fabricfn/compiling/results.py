@@ -1,6 +1,7 @@
 """What a compiled step gives back: the records that the traced step returned, over the tensors of this call."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -83,7 +84,7 @@ class Results:
         return tree_unflatten(self.spec, [recipe(call) for recipe in self.recipes])
 
     def _recipe(self, leaf: Any) -> Recipe:
-        kind = type(leaf)
+        kind: Any = leaf.__class__
         if kind is Model and (leaf.ref.engine is None or leaf.ref.engine.traced):
             return self._model(leaf)
         if kind is Optimizer and id(leaf.plan) in self.standins.plans:
@@ -92,7 +93,7 @@ class Results:
             return self._grads(leaf)
         if kind is StepCount:
             argument, more = leaf.argument, leaf.more
-            return lambda call: call.parts[argument].given.step + more
+            return lambda call: int(call.parts[argument].given.step) + more
         if isinstance(leaf, torch.Tensor):
             if id(leaf) in self.numbers:
                 number = self.numbers[id(leaf)]
@@ -102,7 +103,7 @@ class Results:
         for place, standin in enumerate(self.given):
             if leaf is standin:
                 return lambda call: call.parts[place].given
-        return lambda call: leaf
+        return functools.partial(_constant, leaf)
 
     def _place(self, tensor: torch.Tensor) -> int:
         """Where the tensor is in the pool; one that is no input becomes an output."""
@@ -130,18 +131,17 @@ class Results:
     def _model(self, leaf: Model) -> Recipe:
         values, names, training, ref = [*leaf.params.values()], tuple(leaf.params), leaf.training, self._ref(leaf.ref)
         buffer_names, buffers = tuple(leaf.buffers), self._pick([*leaf.buffers.values()])
-        for place, standin in enumerate(self.given):
-            if type(standin) is Model and _same(standin.params.values(), values):
-                same = training == standin.training and _same(leaf.buffers.values(), standin.buffers.values())
+        source, same = self._source(leaf)
+        if source is not None:
 
-                def handed(call: Call) -> Model:
-                    base = call.handed.get(place) or call.parts[place].given
-                    if same:
-                        return base
-                    new = MappingProxyType(dict(zip(buffer_names, buffers(call.pool), strict=True)))
-                    return dataclasses.replace(base, training=training, buffers=new)
+            def handed(call: Call) -> Model:
+                base = call.handed.get(source) or call.parts[source].given
+                if same:
+                    return base
+                new = MappingProxyType(dict(zip(buffer_names, buffers(call.pool), strict=True)))
+                return dataclasses.replace(base, training=training, buffers=new)
 
-                return handed
+            return handed
         params, kinds = self._pick(values), None
 
         def new(call: Call) -> Model:
@@ -157,6 +157,14 @@ class Results:
             return made
 
         return new
+
+    def _source(self, leaf: Model) -> tuple[int | None, bool]:
+        """(the argument whose parameters these are, changed in place or not; whether the rest is the same, too)."""
+        for place, one in enumerate(self.given):
+            if type(one) is Model and _same([*one.params.values()], [*leaf.params.values()]):
+                rest = _same([*one.buffers.values()], [*leaf.buffers.values()])
+                return place, rest and one.training == leaf.training
+        return None, False
 
     def _grads(self, leaf: Grads) -> Recipe:
         names = [name for name, grad in leaf.params.items() if grad is not None]
@@ -250,7 +258,11 @@ class Results:
         return self._recipe(value)
 
 
-def _same(left: Any, right: Any) -> bool:
+def _constant(value: Any, call: Call) -> Any:
+    return value
+
+
+def _same(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fabricfn.binding import engine_of
 from fabricfn.building import make_frame
 from fabricfn.compiling.arguments import KnownState, Part
 from fabricfn.compiling.draws import Draws, KeyBits
@@ -80,7 +79,7 @@ class Standins:
     def make(self, place: int, part: Part, tensors: Tensors, numbers: Tensors) -> Any:
         """What the step gets for this argument; takes its tensors and numbers from the inputs of the graph."""
         given = part.given
-        kind = type(given)
+        kind: Any = given.__class__
         if kind is Model:
             return self._model(given, tensors)
         if kind is Optimizer:

@@ -44,6 +44,7 @@ class CompiledStep:
         return len(self._graphs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One step."""
         return self._run(caller(), args, kwargs)
 
     def __repr__(self) -> str:
@@ -119,8 +120,8 @@ def compile_step(
         step_fn: `step_fn(*args, **kwargs) -> results`, built of `value_and_grad`, `accumulate`, `clip_gradients`,
             `optimizer_step`, `apply`, `map_params` and operations on tensors. All Models, Optimizers and keys that it
             uses are arguments. Trees of arguments and of results may be any.
-        backend: what compiles the graph: "inductor"; a name of `torch.compile`'s back ends ("aot_eager", "eager" compile
-            nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`.
+        backend: what compiles the graph: "inductor"; another of `torch.compile`'s back ends ("aot_eager" and "eager"
+            compile nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`.
         options: settings of the back end; for inductor those of `torch._inductor.config`.
         limit: how many graphs are made without a warning that names the argument that changed.
 
