@@ -116,7 +116,7 @@ def part_of(leaf: Any) -> Part:
         DonatedError: it was given away.
         CapabilityError: a graph cannot take it.
     """
-    take = _TAKES.get(type(leaf))
+    take = _TAKES.get(leaf.__class__)
     if take is not None:
         return take(leaf)
     if isinstance(leaf, torch.Tensor):
@@ -128,7 +128,7 @@ def part_of(leaf: Any) -> Part:
             "a compiled step takes tensors, records of fabricfn, numbers and other values that can be compared; it got"
             f" a {type(leaf).__name__}. Make a tensor of it, or leave it to a closure, where it is read once."
         ) from None
-    return Part(leaf, (type(leaf), leaf))
+    return Part(leaf, (leaf.__class__, leaf))
 
 
 def kind_of(tensor: torch.Tensor) -> Hashable:
@@ -218,15 +218,13 @@ def _look(opt: Optimizer) -> KnownState:
 
 def layout_of(leaves: Sequence[Any], spec: TreeSpec) -> Kinds:
     """The signature of an optimizer's state."""
-    kinds = tuple(
-        kind_of(leaf)
-        if isinstance(leaf, torch.Tensor)
-        else Counter
-        if type(leaf) is Counter
-        else (leaf.__class__, leaf)
-        for leaf in leaves
-    )
-    return Kinds((spec, kinds))
+
+    def kind(leaf: Any) -> Hashable:
+        if isinstance(leaf, torch.Tensor):
+            return kind_of(leaf)
+        return Counter if type(leaf) is Counter else (leaf.__class__, leaf)
+
+    return Kinds((spec, *map(kind, leaves)))
 
 
 def _begun(opt: Optimizer) -> Any:

@@ -97,7 +97,10 @@ class Draws(TorchDispatchMode):
         options: dict[str, Any] = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags or _draws_nothing(func, args, options):
             return func(*args, **options)
-        first, rest = (args[0], args[1:]) if args and isinstance(args[0], torch.Tensor) else (None, args)
+        first: Any = None
+        rest = args
+        if args and isinstance(args[0], torch.Tensor):
+            first, *rest = args
         if func in _FILLS:
             return first.copy_(self._drawn(first, lambda like: func(like, *rest, **options)))
         if func is aten.native_dropout.default:  # what accelerators do in one kernel
@@ -127,19 +130,17 @@ class Draws(TorchDispatchMode):
         mode = get_proxy_mode()
         assert isinstance(mode, ProxyTorchDispatchMode)
         number = sum(len(block.draws) for block in self.blocks)
-        proxy: Any = mode.tracer.create_proxy("placeholder", f"draw_{number}", (), {})
-        track_tensor_tree(shape, proxy, constant=None, tracer=mode.tracer)
+        tracer: Any = mode.tracer
+        proxy = tracer.create_proxy("placeholder", f"draw_{number}", (), {})
+        track_tensor_tree(shape, proxy, constant=None, tracer=tracer)
         self.blocks[-1].draws.append(drawn)
         return shape
 
 
 def _draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operation that may draw does not, since its dropout is off."""
-    names = [argument.name for argument in func._schema.arguments]
-    given = {
-        **{one.name: one.default_value for one in func._schema.arguments},
-        **dict(zip(names, args, strict=False)),
-        **kwargs,
-    }
+    arguments = func._schema.arguments
+    given = {one.name: one.default_value for one in arguments}
+    given |= {one.name: value for one, value in zip(arguments, args, strict=False)} | kwargs
     off = given.get("train") is False or given.get("training") is False
     return off or any(given.get(name) == 0 for name in ("dropout_p", "dropout") if name in given)

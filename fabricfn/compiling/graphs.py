@@ -86,7 +86,7 @@ def trace(
                 given=given,
                 inputs={id(tensor): place for place, tensor in enumerate(inputs[: len(tensors)])},
                 width=len(tensors),
-                numbers={id(number): place for place, number in enumerate(numbers)},
+                numbers=number_places(parts, given, numbers),
             )
             found.append(results)
             args, kwargs = unflatten(spec, given)
@@ -113,6 +113,17 @@ def trace(
             number_dtype=widest,
             seconds=time.perf_counter() - start,
         )
+
+
+def number_places(parts: Sequence[Part], given: Sequence[Any], numbers: Sequence[torch.Tensor]) -> dict[int, int]:
+    """The id of a tensor that stands for a number -> its place; a float that is an argument has another dtype."""
+    places = {id(number): place for place, number in enumerate(numbers)}
+    place = 0
+    for part, standin in zip(parts, given, strict=True):
+        if type(part.given) is float:
+            places[id(standin)] = place
+        place += len(part.numbers)
+    return places
 
 
 def in_order(gm: fx.GraphModule) -> None:

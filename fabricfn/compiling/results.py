@@ -5,7 +5,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -92,8 +92,8 @@ class Results:
         if kind is Grads:
             return self._grads(leaf)
         if kind is StepCount:
-            argument, more = leaf.argument, leaf.more
-            return lambda call: int(call.parts[argument].given.step) + more
+            count: StepCount = leaf
+            return lambda call: call.parts[count.argument].given.step + count.more
         if isinstance(leaf, torch.Tensor):
             if id(leaf) in self.numbers:
                 number = self.numbers[id(leaf)]
@@ -248,7 +248,7 @@ class Results:
 
     def _hyperparam(self, name: str, value: Any) -> Recipe:
         if type(value) is tuple:
-            several = [self._hyperparam(name, one) for one in value]
+            several = [self._hyperparam(name, one) for one in cast("tuple[Any, ...]", value)]
             return lambda call: tuple(one(call) for one in several)
         if isinstance(value, torch.Tensor) and id(value) not in self.numbers:
             raise CapabilityError(
