@@ -47,8 +47,8 @@ class Known:
     """What is kept with the lease of a Model."""
 
     kinds: Kinds
-    memory: dict[Hashable, frozenset[int]] = dataclasses.field(default_factory=dict[Hashable, frozenset[int]])
-    """Which of the tensors -> where they lie."""
+    memory: object = dataclasses.field(default_factory=object)
+    """The same object says that the tensors lie where those of another record did."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)

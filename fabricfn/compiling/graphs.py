@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fabricfn.compiling.arguments import Part, unflatten
 from fabricfn.compiling.describing import described
 from fabricfn.compiling.draws import Block, Draws
+from fabricfn.compiling.overlaps import Guard
 from fabricfn.compiling.results import Results
 from fabricfn.compiling.standins import Standins
 from fabricfn.errors import CapabilityError, FabricfnError
@@ -51,6 +52,7 @@ class Trace:
     described: Mapping[str, str]
     """What the graph depends on in them, as messages show it."""
     number_dtype: torch.dtype
+    guard: Guard
     seconds: float
 
 
@@ -111,6 +113,7 @@ def trace(
             names=names,
             described=described(names, parts),
             number_dtype=widest,
+            guard=Guard(),
             seconds=time.perf_counter() - start,
         )
 

@@ -1,5 +1,6 @@
 """Memory that a step gives away must be that of no other argument: the graph may write to it at any time."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,52 +10,54 @@ from fabricfn.compiling.arguments import Part
 from fabricfn.errors import ModelError
 from fabricfn.states import addresses, overlap
 
-Changed = tuple[int, ...] | None
-"""Which of a record's tensors change; None is all."""
+Spent = Sequence[tuple[int, Sequence[int]]]
+"""The places of the arguments that are given away, and which of its tensors change in each."""
 
 
-def check_memory(spent: Sequence[tuple[int, Changed]], parts: Sequence[Part], names: Sequence[str]) -> None:
-    """Raise `ModelError` if a tensor that will change in place lies in the memory of another one."""
-    given_away = {place: _memory(parts[place], changed) for place, changed in spent}
-    for place, part in enumerate(parts):
-        others = [memory for other, memory in given_away.items() if other != place]
-        if others and part.tensors:
-            ours = given_away.get(place) or _memory(part, None)
-            for memory in others:
-                if not memory.isdisjoint(ours):
-                    _refuse(spent, parts, names)
-    for place, changed in spent:
-        lease = parts[place].given.lease
-        if not lease.apart and len(given_away[place]) < len(_tensors(parts[place], changed)):
-            _refuse(spent, parts, names)
+class Guard:
+    """Refuses overlaps. Records that a donated step handed on lie where the last ones did, and are not looked at."""
+
+    def __init__(self) -> None:
+        self.memories: list[Any] = []
+        """What is known of the records of the last call."""
+        self.written: frozenset[int] = frozenset()
+        """Where the tensors lie that change."""
+
+    def check(self, spent: Spent, parts: Sequence[Part], names: Sequence[str]) -> None:
+        """Raise `ModelError` if a tensor that will change in place lies in the memory of another one."""
+        memories = [part.known.memory for part in parts if part.known is not None]
+        if len(memories) != len(self.memories) or not all(map(operator.is_, memories, self.memories)):
+            refuse_overlaps(spent, parts, names)
+            written = [addresses([parts[place].tensors[i] for i in changed]) for place, changed in spent]
+            self.written = frozenset().union(*written)
+            self.memories = memories
+        for part in parts:
+            if part.known is None and part.tensors and not self.written.isdisjoint(addresses(part.tensors)):
+                refuse_overlaps(spent, parts, names)
 
 
-def _tensors(part: Part, changed: Changed) -> Sequence[torch.Tensor]:
-    return part.tensors if changed is None else [part.tensors[i] for i in changed]
-
-
-def _memory(part: Part, changed: Changed) -> frozenset[int]:
-    """Where these tensors lie; kept with the lease of a record."""
-    known = part.known
-    if known is None:
-        return frozenset(addresses(part.tensors))
-    if changed not in known.memory:
-        known.memory[changed] = frozenset(addresses(_tensors(part, changed)))
-    return known.memory[changed]
-
-
-def _refuse(spent: Sequence[tuple[int, Changed]], parts: Sequence[Part], names: Sequence[str]) -> None:
-    """Look closely: disjoint views of one storage, and tensors that do not change, may share."""
+def refuse_overlaps(spent: Spent, parts: Sequence[Part], names: Sequence[str]) -> None:
+    """Look at every tensor. Disjoint views of one storage may be there, and what does not change may be shared."""
     changing = dict(spent)
-    labelled: list[tuple[str, bool, torch.Tensor]] = []
+    moving: list[tuple[str, torch.Tensor]] = []
+    still: list[tuple[str, torch.Tensor]] = []
     for place, (name, part) in enumerate(zip(names, parts, strict=True)):
-        changed: Any = changing.get(place, ())
-        moves = range(len(part.tensors)) if changed is None else changed
-        labelled += [(name, i in moves, tensor) for i, tensor in enumerate(part.tensors)]
-    for index, (name, moves, tensor) in enumerate(labelled):
-        for other, also, second in labelled[index + 1 :]:
-            if (moves or also) and overlap([tensor, second]) is not None:
-                raise ModelError(
-                    f"the step gives memory away with donate=True that two of its arguments hold: {name} and {other}."
-                    " Copy first: ff.tree_map(torch.clone, ...)."
-                )
+        changed = changing.get(place, ())
+        for i, tensor in enumerate(part.tensors):
+            (moving if i in changed else still).append((name, tensor))
+    found = overlap([tensor for _, tensor in moving])
+    if found is not None:
+        _refuse(moving[found[0]][0], moving[found[1]][0])
+    places = frozenset(addresses([tensor for _, tensor in moving]))
+    for name, tensor in still:
+        if not places.isdisjoint(addresses([tensor])):
+            for other, written in moving:
+                if overlap([tensor, written]) is not None:
+                    _refuse(other, name)
+
+
+def _refuse(one: str, other: str) -> None:
+    raise ModelError(
+        f"the step gives memory away with donate=True that two of its arguments hold: {one} and {other}. Copy first:"
+        " ff.tree_map(torch.clone, ...)."
+    )

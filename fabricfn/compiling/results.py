@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from fabricfn.compiling.arguments import Known, KnownState, Part, is_record, kinds_of, layout_of
-from fabricfn.compiling.overlaps import Changed
+from fabricfn.compiling.overlaps import Spent
 from fabricfn.compiling.standins import Standins, StepCount
 from fabricfn.errors import CapabilityError
 from fabricfn.leases import Place, bump, unbind
@@ -61,8 +61,8 @@ class Results:
     recipes: list[Recipe] = dataclasses.field(default_factory=list[Recipe])
     outputs: list[torch.Tensor] = dataclasses.field(default_factory=list[torch.Tensor])
     """What the graph must put out."""
-    spent: list[tuple[int, Changed]] = dataclasses.field(default_factory=list[tuple[int, Changed]])
-    """(the place of an argument that was given away, which of its tensors changed; None is all)."""
+    spent: list[tuple[int, Sequence[int]]] = dataclasses.field(default_factory=list[tuple[int, Sequence[int]]])
+    """What the step gives away: see `Spent`."""
 
     def read(self, result: Any) -> list[torch.Tensor]:
         """The outputs of the graph for what the traced step returned."""
@@ -70,10 +70,9 @@ class Results:
         self.recipes = [self._recipe(leaf) for leaf in leaves]
         for place, (standin, part) in enumerate(zip(self.given, self.parts, strict=True)):
             if type(part.given) in (Model, Optimizer, Grads) and standin.lease.spent is not None:
-                changed = None
+                changed: Sequence[int] = range(len(part.tensors))
                 if type(standin) is Model:
-                    moved = tuple(i for i, value in enumerate(standin.params.values()) if value._version)
-                    changed = None if len(moved) == len(standin.params) else moved
+                    changed = [i for i, value in enumerate(standin.params.values()) if value._version]
                 self.spent.append((place, changed))
         return self.outputs
 
@@ -208,8 +207,8 @@ class Results:
             store, shared = tree_unflatten(spec, own)
             hyper = hyperparams(call)
             made = Optimizer(store=store, shared=shared, hyperparams=hyper, step=count(call), plan=plan)
-            kinds = kinds or layout_of(own, spec)
-            made.lease.known = known = KnownState(kinds, {}, store, spec, own, tensors, places, ats)
+            kinds = kinds or (layout_of(own, spec) if given is None else given.known.kinds)
+            made.lease.known = known = KnownState(kinds, object(), store, spec, own, tensors, places, ats)
             if given is not None:
                 known.take_over(given.known, hyper)
                 if given.given.lease.values is not None:  # other records may hold the memory: let them find out
@@ -266,13 +265,14 @@ def _same(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
-def give_away(spent: Sequence[tuple[int, Changed]], call: Call) -> None:
+def give_away(spent: Spent, call: Call) -> None:
     """Mark what the step gave away; its memory belongs to other records now, those of models to `call.handed`."""
     for place, changed in spent:
         given = call.parts[place].given
         lease = given.lease
         if type(given) is Model:
-            updated = None if changed is None else picking(changed)([*given.params.values()])
+            values = [*given.params.values()]
+            updated = None if len(changed) == len(values) else [values[i] for i in changed]
             unbind(lease)  # what looks at the values is bound again when it is used, and not counted up at every step
             made = call.handed[place] = handed_on(given, None, call.where, updated)
             made.lease.known, made.lease.apart = lease.known, True
@@ -282,7 +282,7 @@ def give_away(spent: Sequence[tuple[int, Changed]], call: Call) -> None:
             bump([value for value in lease.values.values() if isinstance(value, torch.Tensor)])
 
 
-def lose(spent: Sequence[tuple[int, Changed]], call: Call) -> None:
+def lose(spent: Spent, call: Call) -> None:
     """After a failure in the middle: what was to be given away is lost."""
     give_away(spent, call)
     for model in call.handed.values():

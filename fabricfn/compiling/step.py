@@ -10,7 +10,6 @@ import torch
 from fabricfn.compiling.arguments import Part, flatten, part_of
 from fabricfn.compiling.describing import described, difference, names_of
 from fabricfn.compiling.graphs import Backend, Trace, trace
-from fabricfn.compiling.overlaps import check_memory
 from fabricfn.compiling.results import Call, lose
 from fabricfn.errors import CapabilityError
 from fabricfn.leases import Place, caller
@@ -82,7 +81,7 @@ def compute(rt: Runtime, found: Trace, parts: Sequence[Part], where: Place) -> A
     results = found.results
     call = Call(parts, where, inputs, numbers)
     if results.spent:
-        check_memory(results.spent, parts, found.names)
+        found.guard.check(results.spent, parts, found.names)
     passed = [*inputs]
     if numbers:
         passed.append(torch.tensor(numbers, dtype=found.number_dtype, device=rt.device))
