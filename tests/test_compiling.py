@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fabricfn as ff
 
@@ -387,6 +388,24 @@ def test_random_operations_draw_the_same_numbers(rt):
         assert_close(expected[:2], found[:2])
         assert torch.equal(after, torch.rand(1)), "the global generator is where the eager step leaves it"
     assert compiled.traces == 2, "one without a key, one with one"
+
+
+@pytest.mark.parametrize("reentrant", [False, None])
+def test_what_is_recomputed_meets_the_same_masks(rt, reentrant):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    model = ff.setup_model(rt, net, activation_checkpointing=nn.Linear if reentrant is None else None)
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+
+    def loss_fn(net, x, y):
+        return mse(net, x, y) + checkpoint(lambda x: F.dropout(net(x)), x, use_reentrant=False).square().mean()
+
+    step = make_step(rt, loss_fn=loss_fn)
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    for number in range(2):
+        batch = [*make_batch(number)]
+        expected = step(model, opt, *batch, 0.1, ff.key(number))
+        assert_close(expected[:2], compiled(model, opt, *batch, 0.1, ff.key(number))[:2])
 
 
 def test_bf16_mixed_computes_in_bfloat16():

@@ -14,7 +14,12 @@ PACKAGE = Path(ff.__file__).parent
 
 # A room is a file or a folder; it imports only rooms on lower floors. Inside a folder, no cycles.
 FLOORS = (
-    ("errors", "world", "tree"),  # words: exceptions, who am I, pytrees
+    (
+        "errors",
+        "world",
+        "tree",
+        "tracing",
+    ),  # words: exceptions, who am I, pytrees, whether all this is only written down
     (
         "random",
         "interrupts",
@@ -55,9 +60,9 @@ FLOORS = (
         "checkpoint",
         "relays",
     ),  # verbs
-    # what there is on this machine; what a run measures; gradients of a net in stages; what a loop is made up of;
-    # commands that start nothing
-    ("facts", "figures", "pipelining", "patience", "averaging", "meters", "peaks", "spikes", "commands"),
+    # a step as one graph; what there is on this machine; what a run measures; gradients of a net in stages; what a loop
+    # is made up of; commands that start nothing
+    ("compiling", "facts", "figures", "pipelining", "patience", "averaging", "meters", "peaks", "spikes", "commands"),
     ("testing", "cli"),  # worlds, cases, laws; the command line
     ("__init__", "__main__"),  # every public name; python -m fabricfn
 )

@@ -19,10 +19,10 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     track_tensor_tree,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fabricfn.errors import CapabilityError
-from fabricfn.random import fold_in, seeded
+from fabricfn.random import CPU, device_generator, fold_in, seeded
 
 Draw = Callable[[], torch.Tensor]
 
@@ -35,6 +35,8 @@ _FILLS = frozenset(
     )
 )
 """What writes over all that was there."""
+untraced: Any = _disable_current_modes
+"""True tensors, for a moment."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,11 +89,25 @@ class Block:
 
 
 class Draws(TorchDispatchMode):
-    """Writes down what is drawn."""
+    """Writes down what is drawn, and leaves the generators as they were."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.blocks = [Block(None)]
+        self.generators = [torch.default_generator, *([] if device == CPU else [device_generator(device)])]
+        self.known: dict[tuple[bytes, ...], tuple[torch.Tensor, int]] = {}
+        """The states of the generators -> what was drawn there, and the seed with which they went on."""
+
+    def __enter__(self) -> "Draws":
+        with untraced():
+            self.before = [generator.get_state() for generator in self.generators]
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        with untraced():
+            for generator, state in zip(self.generators, self.before, strict=True):
+                generator.set_state(state)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options: dict[str, Any] = dict(kwargs or {})
@@ -125,16 +141,23 @@ class Draws(TorchDispatchMode):
         def drawn() -> torch.Tensor:
             return draw(empty())
 
-        with disable_proxy_modes_tracing():
-            shape = drawn()
-        mode = get_proxy_mode()
-        assert isinstance(mode, ProxyTorchDispatchMode)
-        number = sum(len(block.draws) for block in self.blocks)
-        tracer: Any = mode.tracer
-        proxy = tracer.create_proxy("placeholder", f"draw_{number}", (), {})
-        track_tensor_tree(shape, proxy, constant=None, tracer=tracer)
-        self.blocks[-1].draws.append(drawn)
-        return shape
+        # what is recomputed puts the generator back to where it was, and meets the numbers that it drew there
+        with untraced():
+            state = tuple(generator.get_state().numpy().tobytes() for generator in self.generators)
+        if state not in self.known:
+            with disable_proxy_modes_tracing():
+                shape = drawn()
+            mode = get_proxy_mode()
+            assert isinstance(mode, ProxyTorchDispatchMode)
+            tracer: Any = mode.tracer
+            proxy = tracer.create_proxy("placeholder", f"draw_{len(self.known)}", (), {})
+            track_tensor_tree(shape, proxy, constant=None, tracer=tracer)
+            self.blocks[-1].draws.append(drawn)
+            self.known[state] = (shape, len(self.known) + 1)
+        found, seed = self.known[state]
+        for generator in self.generators:
+            generator.manual_seed(seed)
+        return found
 
 
 def _draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from fabricfn.compiling.arguments import Part, unflatten
 from fabricfn.compiling.describing import described
 from fabricfn.compiling.draws import Block, Draws
 from fabricfn.compiling.overlaps import Guard
-from fabricfn.compiling.results import Results
+from fabricfn.compiling.results import Reader, Results
 from fabricfn.compiling.standins import Standins
 from fabricfn.errors import CapabilityError, FabricfnError
 from fabricfn.runtimes import Runtime
@@ -51,7 +51,6 @@ class Trace:
     """What the step calls its arguments."""
     described: Mapping[str, str]
     """What the graph depends on in them, as messages show it."""
-    number_dtype: torch.dtype
     guard: Guard
     seconds: float
 
@@ -73,8 +72,7 @@ def trace(
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
         tensors = [tensor for part in parts for tensor in part.tensors]
         count = sum(len(part.numbers) for part in parts)
-        widest = torch.float32 if rt.device.type == "mps" else torch.float64
-        draws = Draws()
+        draws = Draws(rt.device)
         standins = Standins(rt, draws)
         found: list[Results] = []
 
@@ -82,24 +80,23 @@ def trace(
             numbers = list(inputs[-1].unbind()) if count else []
             left, left_numbers = iter(inputs[: len(tensors)]), iter(numbers)
             given = [standins.make(i, part, left, left_numbers) for i, part in enumerate(parts)]
-            results = Results(
+            reader = Reader(
                 standins=standins,
-                parts=parts,
                 given=given,
-                inputs={id(tensor): place for place, tensor in enumerate(inputs[: len(tensors)])},
-                width=len(tensors),
+                counts=[len(part.tensors) for part in parts],
+                places={id(tensor): place for place, tensor in enumerate(inputs[: len(tensors)])},
                 numbers=number_places(parts, given, numbers),
             )
-            found.append(results)
             args, kwargs = unflatten(spec, given)
             with draws:
-                return [output.detach() for output in results.read(step_fn(*args, **kwargs))]
+                found.append(reader.read(step_fn(*args, **kwargs)))
+                return [output.detach() for output in reader.outputs]
 
         with fake, torch.autograd.set_multithreading_enabled(False):
             examples = [
                 torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=one.device) for one in tensors
             ]
-            examples += [torch.empty(count, dtype=widest, device=rt.device)] * bool(count)
+            examples += [torch.empty(count, dtype=widest(rt.device), device=rt.device)] * bool(count)
             try:
                 gm = make_fx(flat)(*examples)
             except Exception as error:  # whatever the user's code raises: it is told where
@@ -112,10 +109,14 @@ def trace(
             blocks=[block for block in draws.blocks if block.draws],
             names=names,
             described=described(names, parts),
-            number_dtype=widest,
             guard=Guard(),
             seconds=time.perf_counter() - start,
         )
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype in which numbers go into the graph."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def number_places(parts: Sequence[Part], given: Sequence[Any], numbers: Sequence[torch.Tensor]) -> dict[int, int]:

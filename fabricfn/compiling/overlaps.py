@@ -31,9 +31,9 @@ class Guard:
             written = [addresses([parts[place].tensors[i] for i in changed]) for place, changed in spent]
             self.written = frozenset().union(*written)
             self.memories = memories
-        for part in parts:
-            if part.known is None and part.tensors and not self.written.isdisjoint(addresses(part.tensors)):
-                refuse_overlaps(spent, parts, names)
+        others = [tensor for part in parts if part.known is None for tensor in part.tensors]
+        if not self.written.isdisjoint(addresses(others)):
+            refuse_overlaps(spent, parts, names)
 
 
 def refuse_overlaps(spent: Spent, parts: Sequence[Part], names: Sequence[str]) -> None:

@@ -43,44 +43,48 @@ def picking(places: Sequence[int]) -> Pick:
     return lambda pool: [pool[place] for place in places]
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Results:
-    """Reads off what a traced step returned, and remembers how to make it again."""
+    """How the results of a call are made."""
 
-    standins: Standins
-    parts: Sequence[Part]
-    given: Sequence[Any]
-    """What stood for each argument."""
-    inputs: Mapping[int, int]
-    """The id of a stand-in's tensor -> its place among the inputs."""
-    width: int
-    """How many inputs there are."""
-    numbers: Mapping[int, int]
-    """The id of a number's tensor -> its place among the numbers."""
-    spec: TreeSpec | None = None
-    recipes: list[Recipe] = dataclasses.field(default_factory=list[Recipe])
-    outputs: list[torch.Tensor] = dataclasses.field(default_factory=list[torch.Tensor])
-    """What the graph must put out."""
-    spent: list[tuple[int, Sequence[int]]] = dataclasses.field(default_factory=list[tuple[int, Sequence[int]]])
-    """What the step gives away: see `Spent`."""
-
-    def read(self, result: Any) -> list[torch.Tensor]:
-        """The outputs of the graph for what the traced step returned."""
-        leaves, self.spec = tree_flatten(result, is_record)
-        self.recipes = [self._recipe(leaf) for leaf in leaves]
-        for place, (standin, part) in enumerate(zip(self.given, self.parts, strict=True)):
-            if type(part.given) in (Model, Optimizer, Grads) and standin.lease.spent is not None:
-                changed: Sequence[int] = range(len(part.tensors))
-                if type(standin) is Model:
-                    changed = [i for i, value in enumerate(standin.params.values()) if value._version]
-                self.spent.append((place, changed))
-        return self.outputs
+    spec: TreeSpec
+    recipes: Sequence[Recipe]
+    spent: Spent
+    """What the step gives away."""
 
     def make(self, call: Call) -> Any:
         """The results of one call; what it gave away is spent."""
-        assert self.spec is not None
         give_away(self.spent, call)
         return tree_unflatten(self.spec, [recipe(call) for recipe in self.recipes])
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Reader:
+    """Reads off what a traced step returned."""
+
+    standins: Standins
+    given: Sequence[Any]
+    """What stood for each argument."""
+    counts: Sequence[int]
+    """How many tensors each argument has."""
+    places: dict[int, int]
+    """The id of a tensor -> its place among the inputs of the graph and then the outputs."""
+    numbers: Mapping[int, int]
+    """The id of a number's tensor -> its place among the numbers."""
+    outputs: list[torch.Tensor] = dataclasses.field(default_factory=list[torch.Tensor])
+    """What the graph must put out."""
+
+    def read(self, result: Any) -> Results:
+        """What it takes to make such results again."""
+        leaves, spec = tree_flatten(result, is_record)
+        recipes = [self._recipe(leaf) for leaf in leaves]
+        spent: list[tuple[int, Sequence[int]]] = []
+        for place, one in enumerate(self.given):
+            if type(one) is Model and one.lease.spent is not None:
+                spent.append((place, [i for i, value in enumerate(one.params.values()) if value._version]))
+            elif type(one) in (Optimizer, Grads) and one.lease.spent is not None:
+                spent.append((place, range(self.counts[place])))
+        return Results(spec, recipes, spent)
 
     def _recipe(self, leaf: Any) -> Recipe:
         kind: Any = leaf.__class__
@@ -105,24 +109,14 @@ class Results:
         return functools.partial(_constant, leaf)
 
     def _place(self, tensor: torch.Tensor) -> int:
-        """Where the tensor is in the pool; one that is no input becomes an output."""
-        if id(tensor) in self.inputs:
-            return self.inputs[id(tensor)]
-        for place, known in enumerate(self.outputs):
-            if known is tensor:
-                return self.width + place
-        self.outputs.append(tensor)
-        return self.width + len(self.outputs) - 1
+        """Where the tensor is; one that is no input becomes an output."""
+        if id(tensor) not in self.places:
+            self.places[id(tensor)] = len(self.places)
+            self.outputs.append(tensor)
+        return self.places[id(tensor)]
 
     def _pick(self, tensors: Sequence[torch.Tensor]) -> Pick:
-        known = {id(tensor): self.width + place for place, tensor in enumerate(self.outputs)} | dict(self.inputs)
-        places: list[int] = []
-        for tensor in tensors:
-            if id(tensor) not in known:
-                known[id(tensor)] = self.width + len(self.outputs)
-                self.outputs.append(tensor)
-            places.append(known[id(tensor)])
-        return picking(places)
+        return picking([self._place(tensor) for tensor in tensors])
 
     def _ref(self, ref: Ref) -> Ref:
         return ref if ref.engine is None else Ref(self.standins.engines[id(ref.engine)][0], ref.signature)

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fabricfn.building import make_frame
 from fabricfn.compiling.arguments import KnownState, Part
-from fabricfn.compiling.draws import Draws, KeyBits
+from fabricfn.compiling.draws import Draws, KeyBits, untraced
 from fabricfn.compiling.hyperparams import joined
 from fabricfn.copying import copy_onto
 from fabricfn.engine import Engine, Frame
@@ -23,7 +22,6 @@ from fabricfn.strategies.recomputing import recompute
 from fabricfn.tree import tree_unflatten
 
 Tensors = Iterator[torch.Tensor]
-untraced: Any = _disable_current_modes
 
 
 class StepCount:

@@ -18,6 +18,8 @@ import fabricfn as ff
 from tests.benchmarks.jobs import Job, job
 
 LEARNING_RATE = 1e-3
+COMPILED = ("4 layers", "40 layers")
+"""What is compiled, too: the compiler takes 4 and 25 s for these."""
 
 Step = Callable[[], torch.Tensor]
 
@@ -74,6 +76,25 @@ def by_fabricfn(rt: ff.Runtime, work: Job, accumulation: int, rule: str, donate:
         nonlocal model, opt
         loss, grads = one(model, *work.batch) if accumulation == 1 else several(model, [work.batch] * accumulation)
         model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
+        return loss
+
+    return step
+
+
+def by_compiled(rt: ff.Runtime, work: Job, rule: str) -> Step:
+    model = ff.setup_model(rt, work.net)
+    opt = ff.setup_optimizer(rt, model, getattr(torch.optim, rule), lr=LEARNING_RATE)
+    grad_fn = ff.value_and_grad(rt, work.loss_fn)
+
+    def whole(model: ff.Model, opt: ff.Optimizer, *batch: torch.Tensor) -> Any:
+        loss, grads = grad_fn(model, *batch)
+        return *ff.optimizer_step(rt, model, opt, grads, donate=True), loss
+
+    compiled = ff.compile_step(rt, whole)
+
+    def step() -> torch.Tensor:
+        nonlocal model, opt
+        model, opt, loss = compiled(model, opt, *work.batch)
         return loss
 
     return step
@@ -162,6 +183,8 @@ def loops(rt: ff.Runtime, kind: str, way: str, accumulation: int, precision: str
         "fabricfn, donated": by_fabricfn(rt, work(), accumulation, rule, donate=True),
         "fabricfn, pure": by_fabricfn(rt, work(), accumulation, rule, donate=False),
     }
+    if way == "single" and accumulation == 1 and kind in COMPILED:
+        found["fabricfn, compiled"] = by_compiled(rt, work(), rule)
     if find_spec("lightning_fabric"):
         found["Lightning Fabric"] = by_fabric(rt, work(), way, accumulation, precision, rule)
     if find_spec("accelerate"):
