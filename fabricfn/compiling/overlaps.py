@@ -1,6 +1,7 @@
 """Memory that a step gives away must be that of no other argument: the graph may write to it at any time."""
 
 import operator
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,20 +21,34 @@ class Guard:
     def __init__(self) -> None:
         self.memories: list[Any] = []
         """What is known of the records of the last call."""
-        self.written: frozenset[int] = frozenset()
-        """Where the tensors lie that change."""
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        """Where the tensors lie that change, in order."""
 
     def check(self, spent: Spent, parts: Sequence[Part], names: Sequence[str]) -> None:
         """Raise `ModelError` if a tensor that will change in place lies in the memory of another one."""
         memories = [part.known.memory for part in parts if part.known is not None]
         if len(memories) != len(self.memories) or not all(map(operator.is_, memories, self.memories)):
             refuse_overlaps(spent, parts, names)
-            written = [addresses([parts[place].tensors[i] for i in changed]) for place, changed in spent]
-            self.written = frozenset().union(*written)
+            written = sorted(_span(parts[place].tensors[i]) for place, changed in spent for i in changed)
+            self.starts, self.ends = [start for start, _ in written], [end for _, end in written]
             self.memories = memories
-        others = [tensor for part in parts if part.known is None for tensor in part.tensors]
-        if not self.written.isdisjoint(addresses(others)):
-            refuse_overlaps(spent, parts, names)
+        for part in parts:
+            if part.known is None:
+                for tensor in part.tensors:
+                    start, end = _span(tensor)
+                    place = bisect_left(self.starts, end)
+                    if place and self.ends[place - 1] > start:
+                        refuse_overlaps(spent, parts, names)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the first number begins and the last one ends."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return start, start + reach * tensor.itemsize
 
 
 def refuse_overlaps(spent: Spent, parts: Sequence[Part], names: Sequence[str]) -> None:

@@ -5,12 +5,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
-import torch
-
 from fabricfn.compiling.arguments import Part, flatten, part_of
 from fabricfn.compiling.describing import described, difference, names_of
-from fabricfn.compiling.graphs import Backend, Trace, trace, widest
+from fabricfn.compiling.graphs import Backend, Trace, trace
 from fabricfn.compiling.results import Call, lose
 from fabricfn.errors import CapabilityError
 from fabricfn.leases import Place, caller
@@ -54,7 +51,7 @@ class CompiledStep:
     def _here(self, where: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flatten(args, kwargs)
         parts = [part_of(leaf) for leaf in leaves]
-        key = (spec, *[part.key for part in parts])
+        key = (spec, torch.is_autocast_enabled(self.rt.device.type), *[part.key for part in parts])
         found = self._graphs.get(key)
         if found is None:
             names = names_of(self.step_fn, args, kwargs, spec)
@@ -85,7 +82,7 @@ def compute(rt: Runtime, found: Trace, parts: Sequence[Part], where: Place) -> A
         found.guard.check(results.spent, parts, found.names)
     passed = [*inputs]
     if numbers:
-        passed.append(in_one(numbers, rt.device))
+        passed.append(found.numbers.filled(numbers))
     for block in found.blocks:
         passed += block.drawn([part.given for part in parts], rt.device)
     try:
@@ -95,12 +92,6 @@ def compute(rt: Runtime, found: Trace, parts: Sequence[Part], where: Place) -> A
         raise
     call.pool = [*inputs, *outputs]
     return results.make(call)
-
-
-def in_one(numbers: list[float], device: torch.device) -> torch.Tensor:
-    """The numbers as one tensor, in the widest dtype that the device has. (By way of numpy: a quarter of the time.)"""
-    found = torch.from_numpy(np.array(numbers, np.float64))  # pyright: ignore[reportUnknownMemberType]
-    return found if device.type == "cpu" else found.to(device, widest(device), non_blocking=True)
 
 
 def compile_step(
