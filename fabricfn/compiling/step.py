@@ -5,6 +5,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
+
 from fabricfn.compiling.arguments import Part, flatten, part_of
 from fabricfn.compiling.describing import described, difference, names_of
 from fabricfn.compiling.graphs import Backend, Trace, trace
