@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import inspect
 import re
+import weakref
 
 import pytest
 import torch
@@ -370,6 +372,31 @@ def test_an_init_update_pair(rt):
     assert compiled.traces == 1
 
 
+def test_gradients_in_one_memory_are_clipped_once(rt):
+    net = nn.ParameterDict({name: nn.Parameter(torch.ones(3)) for name in "ab"})
+    model = ff.setup_model(rt, net)
+    grad_fn = ff.accumulate(rt, lambda net, x: ((net["a"] + net["b"]) * x).square().sum())
+
+    def step(model, x):
+        _, grads = grad_fn(model, [x, x])
+        return ff.clip_gradients(rt, grads, max_norm=0.5, donate=True)[0]
+
+    x = torch.arange(3, dtype=torch.float64)
+    found = ff.compile_step(rt, step, backend=FUNCTIONAL)(model, x)
+    for name, expected in step(model, x).params.items():
+        torch.testing.assert_close(found.params[name], expected, rtol=0, atol=ATOL)
+
+
+def test_another_state_in_an_optimizer_is_seen(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.Adagrad, lr=0.1)
+    step = make_step(rt)
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    x, y = make_batch(0)
+    for state in (opt, dataclasses.replace(opt, store=ff.tree_map(torch.ones_like, opt).store)):
+        assert_close(step(model, state, x, y, 0.1)[:2], compiled(model, state, x, y, 0.1)[:2])
+
+
 def test_random_operations_draw_the_same_numbers(rt):
     model = ff.setup_model(rt, nn.Linear(4, 2))
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
@@ -584,3 +611,16 @@ def test_errors_of_the_step_itself_come_through(rt):
         ff.compile_step(rt, step, backend=BACKEND)(torch.ones(2))
     with pytest.raises(ff.CapabilityError, match="set"):
         ff.compile_step(rt, lambda x: x, backend=BACKEND)({1, 2})
+
+
+def test_nothing_of_the_arguments_and_results_is_kept(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1)
+    model, opt = copies(model, opt)  # the engine of a new model looks at its first values
+    compiled = ff.compile_step(rt, make_step(rt), backend=BACKEND)
+    x, y = make_batch(0)
+    result = compiled(model, opt, x, y, 0.1, ff.key(0))
+    gone = [weakref.ref(one) for one in (x, y, *tensors_of(model, opt), *tensors_of(*result[:2]))]
+    del model, opt, x, y, result
+    gc.collect()
+    assert [ref for ref in gone if ref() is not None] == []

@@ -15,7 +15,7 @@ from fabricfn.compiling.standins import Standins, StepCount
 from fabricfn.errors import CapabilityError
 from fabricfn.leases import Place, bump, unbind
 from fabricfn.records import Grads, Model, Ref, handed_on
-from fabricfn.states import Counter, Optimizer, exposed
+from fabricfn.states import Counter, Optimizer
 from fabricfn.tree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 
@@ -205,8 +205,6 @@ class Reader:
             made.lease.known = known = KnownState(kinds, object(), store, spec, own, tensors, places, ats)
             if given is not None:
                 known.take_over(given.known, hyper)
-                if given.given.lease.values is not None:  # other records may hold the memory: let them find out
-                    return exposed(made)
             return made
 
         return make
