@@ -375,10 +375,10 @@ def test_an_init_update_pair(rt):
 def test_gradients_in_one_memory_are_clipped_once(rt):
     net = nn.ParameterDict({name: nn.Parameter(torch.ones(3)) for name in "ab"})
     model = ff.setup_model(rt, net)
-    grad_fn = ff.accumulate(rt, lambda net, x: ((net["a"] + net["b"]) * x).square().sum())
+    grad_fn = ff.value_and_grad(rt, lambda net, x: ((net["a"].unsqueeze(0) + net["b"].unsqueeze(0)) * x).square().sum())
 
     def step(model, x):
-        _, grads = grad_fn(model, [x, x])
+        _, grads = grad_fn(model, x)
         return ff.clip_gradients(rt, grads, max_norm=0.5, donate=True)[0]
 
     x = torch.arange(3, dtype=torch.float64)
