@@ -123,7 +123,10 @@ def trace(
             try:
                 gm = make_fx(flat)(*examples)
             except Exception as error:  # whatever the user's code raises: it is told where
-                raise blamed(error) from error
+                better = blamed(error)
+                if better is error:
+                    raise
+                raise better from error
         in_order(gm)
         with torch.autocast(rt.device.type, enabled=False):  # one around the call is in the graph already
             run = compiled(gm, fake, backend, options)
