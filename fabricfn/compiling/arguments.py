@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fabricfn.binding import engine_of
@@ -155,7 +156,8 @@ def _tensor(leaf: torch.Tensor) -> Part:
 
 
 def _float(leaf: float) -> Part:
-    return Part(leaf, float, (), (leaf,))
+    number = float(leaf)
+    return Part(number, float, (), (number,))
 
 
 def _key(leaf: Key) -> Part:
@@ -250,4 +252,5 @@ _TAKES: dict[type, Callable[[Any], Part]] = {
     Grads: _grads,
     Key: _key,
     float: _float,
+    np.float64: _float,
 }

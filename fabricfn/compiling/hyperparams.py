@@ -8,7 +8,7 @@ Hyper = Mapping[str, Any]
 
 def is_number(name: str, value: Any) -> bool:
     """Whether a value goes into the graph as a number. A 0 leaves its term out, but for a learning rate."""
-    return (type(value) is float and (value != 0.0 or name == "lr")) or (type(value) is int and name == "lr")
+    return (isinstance(value, float) and (value != 0.0 or name == "lr")) or (type(value) is int and name == "lr")
 
 
 def split(groups: Sequence[Hyper]) -> tuple[Hashable, list[float]]:

@@ -213,7 +213,7 @@ class Reader:
         """The argument whose tensors, changed in place, are all the tensors of this optimizer."""
         ours = [one for one in tree_leaves((leaf.store, leaf.shared)) if isinstance(one, torch.Tensor)]
         for place, one in enumerate(self.given):
-            if type(one) is Optimizer and one.lease.spent is not None:
+            if type(one) is Optimizer and one.plan is leaf.plan and one.lease.spent is not None:
                 theirs = [one for one in tree_leaves((one.store, one.shared)) if isinstance(one, torch.Tensor)]
                 if _same(ours, theirs):
                     return place

@@ -14,6 +14,7 @@ from fabricfn.compiling.results import Call, lose
 from fabricfn.errors import CapabilityError
 from fabricfn.leases import Place, caller
 from fabricfn.runtimes import Runtime
+from fabricfn.tracing import tracing
 from fabricfn.watching import counted
 
 STRATEGIES = ("single", "functional")
@@ -43,7 +44,9 @@ class CompiledStep:
         return len(self._graphs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One step."""
+        """One step; within the trace of another step it is a part of that one."""
+        if tracing():
+            return self.step_fn(*args, **kwargs)
         return self._run(caller(), args, kwargs)
 
     def __repr__(self) -> str:
