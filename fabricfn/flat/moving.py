@@ -56,7 +56,6 @@ def all_gather_rows(tensors: Tensors, rows: Sequence[Sequence[int]], group: Grou
     return complete(results)
 
 
-@over_the_host
 @torch.no_grad()
 def share(lines: Tensors, bounds: Sequence[Sequence[int]], group: Group) -> None:
     """Stretches of flat tensors to all ranks, in place: rank r has `lines[i][bounds[i][r] : bounds[i][r + 1]]`.
@@ -83,6 +82,7 @@ def share(lines: Tensors, bounds: Sequence[Sequence[int]], group: Group) -> None
                 _copy_all(theirs[rank], values[: sum(sizes[rank])].split(sizes[rank]))
 
 
+@over_the_host
 @torch.no_grad()
 def broadcast(tensors: Tensors, src: int, group: Group) -> list[torch.Tensor]:
     """The tensors of rank `src` of the group; the other ranks' give shapes, dtypes and devices."""
