@@ -1,5 +1,6 @@
 """Starting ranks in every way there is, with real processes; and every way in which that ends."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -360,6 +361,10 @@ def test_forked_ranks_may_use_threads_after_this_process_did():
 def test_the_start_method():
     request = Request(accelerator="cpu", devices=2)
     assert start_method(request, choice_of(request)) == "fork"
+    assert start_method(request, choice_of(request), lambda: True) == "spawn"  # CUDA is in use in this process
+    forced = dataclasses.replace(request, start_method="fork")
+    with pytest.raises(ConfigurationError, match="CUDA"):
+        start_method(forced, choice_of(forced), lambda: True)
 
 
 def test_nothing_listens_beyond_the_loopback_interface():
