@@ -127,7 +127,7 @@ SECTIONS: tuple[Table | Callable[[dict[str, Any]], str], ...] = (
             "steps GPT": "GPT",
         },
         base="by hand",
-        columns=LOOPS,
+        columns={**HAND, **OURS, "fabricfn, compiled": "fabricfn, compiled", **PEERS},
     ),
     Table(
         text="## One step with dropout\n\nCPU time for 4 layers, each with dropout: fabricfn's step without a key, with"
@@ -298,7 +298,7 @@ process of its own, which has imported everything before. torch: `torch.multipro
 def cell(result: dict[str, Any], name: str, asked: dict[str, float]) -> str:
     """A ratio, and in brackets the largest that is asked for."""
     if name not in result["ratios"]:
-        return "not installed"
+        return "not measured"
     limit = f" (<= {asked[name]:g})" if name in asked else ""
     return f"{result['ratios'][name]:.2f}{limit}"
 
