@@ -25,6 +25,7 @@ ROWS = {
 }
 CONTENDERS = {
     "fused": ("by hand, fused", "#9ecae1", "s"),
+    "fabricfn, compiled": ("fabricfn, compiled", "#238b45", "*"),
     "fabricfn, donated": ("fabricfn, donated", "#08519c", "o"),
     "fabricfn, pure": ("fabricfn, pure", "#6baed6", "o"),
     "Lightning Fabric": ("Lightning Fabric", "#d94801", "D"),

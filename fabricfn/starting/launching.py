@@ -1,5 +1,6 @@
 """`launch`: a function on every rank, its results in a list."""
 
+import encodings.idna
 import multiprocessing
 import os
 import shutil
@@ -30,8 +31,8 @@ from fabricfn.starting.request import Request, check_own_start, choice_of, most_
 from fabricfn.starting.surroundings import check_ready
 from fabricfn.world import threads_each
 
-FOR_FORKS = (collectives, working)
-"""What is imported here, once, so that no forked rank has to."""
+FOR_FORKS = (collectives, working, encodings.idna)
+"""What is imported here, once, so that no forked rank has to; the last one by torch's agent, for the machine's name."""
 
 
 def launch(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
