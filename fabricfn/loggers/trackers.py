@@ -21,11 +21,12 @@ MLFLOW_LIMIT = 100
 class Run:
     """A run of a client's, once it is open."""
 
-    begin: Callable[[Mapping[str, Any]], Any]
-    """Opens it, given the hyperparameters known by then."""
+    begin: Callable[[], Any]
+    """Opens it."""
     prefix: str
     client: Any = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """Hyperparameters that wait for the first row."""
 
 
 def wandb_logger(project: str, name: str | None = None, prefix: str = "", **options: Any) -> Logger:
@@ -107,7 +108,8 @@ def trackio_logger(project: str, name: str | None = None, prefix: str = "", **op
         >>> logger = trackio_logger("digits")  # doctest: +SKIP
     """
     _package("trackio")
-    run = Run(begin=partial(_begin_trackio, project, name, options), prefix=prefix)
+    config: dict[str, Any] = {}
+    run = Run(begin=partial(_begin_trackio, project, name, options, config), prefix=prefix, config=config)
     return Logger(
         log=partial(_log_trackio, run),
         hyperparams=partial(_configure_trackio, run),
@@ -128,7 +130,7 @@ def _package(name: str) -> Any:
 
 def _opened(run: Run) -> Any:
     if run.client is None:
-        run.client = run.begin(run.config)
+        run.client = run.begin()
     return run.client
 
 
@@ -140,8 +142,8 @@ def _close(run: Run, end: str) -> None:
         run.client = None
 
 
-def _begin_wandb(project: str, name: str | None, options: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
-    client = _package("wandb").init(project=project, name=name, config=dict(config), **options)
+def _begin_wandb(project: str, name: str | None, options: Mapping[str, Any]) -> Any:
+    client = _package("wandb").init(project=project, name=name, **options)
     client.define_metric(STEP)
     client.define_metric("*", step_metric=STEP)
     return client
@@ -171,7 +173,7 @@ class MlflowRun:
         self.client.set_terminated(self.run_id)
 
 
-def _begin_mlflow(experiment: str, name: str | None, uri: str | None, config: Mapping[str, Any]) -> MlflowRun:
+def _begin_mlflow(experiment: str, name: str | None, uri: str | None) -> MlflowRun:
     client = _package("mlflow").MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
     number = client.create_experiment(experiment) if found is None else found.experiment_id
