@@ -80,9 +80,9 @@ def combine_all(buffer: torch.Tensor, group: Group, op: str) -> torch.Tensor:
     return gathered(mine, group).view(-1)[: buffer.numel()]
 
 
-def sum_in_place(buffer: torch.Tensor, group: Group) -> dist.Work | None:
+def sum_in_place(buffer: torch.Tensor, group: dist.ProcessGroup) -> dist.Work | None:
     """The buffer becomes the sum over the ranks, once the work has been waited for."""
-    if group is None or not buffer.numel():
+    if not buffer.numel():
         return None
     if tracing():
         return _traced(buffer, torch.ops._c10d_functional.all_reduce(as_real(buffer), "sum", group.group_name))
