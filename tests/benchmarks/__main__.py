@@ -30,11 +30,6 @@ def on_ranks(function: Any, size: int, strategy: str = "auto", **options: Any) -
     return ff.launch(functools.partial(function, **options), accelerator="cpu", devices=size, strategy=strategy)[0]
 
 
-def on_two_ranks(function: Any, **options: Any) -> Any:
-    """What `function(rt, ...)` measured on the first of two ranks."""
-    return on_ranks(function, 2, **options)
-
-
 # name -> what measures it: called with the JSON that the row gives, in a process of its own.
 MEASURES = {
     "steps": steps.measure_single,
@@ -45,15 +40,15 @@ MEASURES = {
     "randomness": randomness.measure,
     "functions": functions.measure,
     "memory": memory.measure,
-    "collectives": functools.partial(on_two_ranks, ranks.measure_collectives),
+    "collectives": functools.partial(on_ranks, ranks.measure_collectives, 2),
     "to_device": inputs.measure_to_device,
     "batches": inputs.measure_batches,
-    "stream": functools.partial(on_two_ranks, inputs.measure_stream),
+    "stream": functools.partial(on_ranks, inputs.measure_stream, 2),
     "save": storage.measure_save,
     "load": storage.measure_load,
-    "sharded": functools.partial(on_two_ranks, storage.measure_sharded),
+    "sharded": functools.partial(on_ranks, storage.measure_sharded, 2),
     "stall": storage.measure_stall,
-    "partial": functools.partial(on_two_ranks, storage.measure_partial),
+    "partial": functools.partial(on_ranks, storage.measure_partial, 2),
     "starting": starting.measure,
     "imports": functools.partial(inputs.measure_programs, inputs.IMPORTS),
     "first_step": functools.partial(inputs.measure_programs, inputs.FIRST_STEPS),

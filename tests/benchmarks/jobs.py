@@ -38,7 +38,7 @@ class Layer(nn.TransformerEncoderLayer):
     def __init__(self, width: int) -> None:
         super().__init__(width, width // 64, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         return super().forward(x, src_mask=mask, is_causal=True)
 

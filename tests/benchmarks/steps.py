@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from typing import Any
 
 import torch
 
@@ -35,10 +36,10 @@ def measure(
     return interleaved(steps, rounds, clock=clock, warmup=max(1, rounds // 10))
 
 
-def measure_single(precision: str = "32-true", **options: object) -> dict[str, float]:
+def measure_single(precision: str = "32-true", **options: Any) -> dict[str, float]:
     """The same on one process."""
     rt = ff.init_runtime(accelerator="cpu", devices=1, precision=precision)
-    return measure(rt, precision=precision, **options)  # type: ignore[arg-type]
+    return measure(rt, precision=precision, **options)
 
 
 def measure_canonical(rt: ff.Runtime, kind: str, accumulation: int, rounds: int) -> dict[str, float]:
