@@ -46,6 +46,7 @@ class StepCount:
     __radd__ = __add__
     __index__ = __int__ = __float__ = __bool__ = __neg__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
+    # an object's own comparisons return a bool, and it has a hash; these never return
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # pyright: ignore[reportAssignmentType]
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
@@ -85,7 +86,7 @@ class Standins:
         if kind is Grads:
             return self._grads(given, tensors)
         if kind is Key:
-            return Key(KeyBits(place, (), self.draws))  # pyright: ignore[reportArgumentType]
+            return Key(KeyBits(place, (), self.draws))  # pyright: ignore[reportArgumentType]  # no number yet
         if kind is float:
             # a float32 with a float64 would be a float64, which a Python number never makes of it
             wide = self.rt.precision.param_dtype is torch.float64

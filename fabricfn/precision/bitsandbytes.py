@@ -77,7 +77,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `nn.Linear`: [..., in_features] -> [..., out_features]."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)  # pyright: ignore[reportUnnecessaryComparison]
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # pyright: ignore[reportUnnecessaryComparison]  # Linear(bias=False)
         if x.dim() == 2:
             return self.product(x, bias)
         return self.product(x.reshape(-1, self.in_features), bias).view(*x.shape[:-1], self.out_features)
