@@ -16,7 +16,7 @@ ROWS = {
     "steps 40": "40 layers",
     "steps 500": "500 layers",
     "steps 4 bf16-mixed": "4 layers, bf16",
-    "steps GPT": "GPT",
+    "steps GPT 1": "GPT",
     "ddp 2 4 layers 1": "ddp, 4 layers",
     "ddp 2 4 layers 8": "ddp, 4 layers, 8 parts",
     "ddp 2 GPT 1": "ddp, GPT",

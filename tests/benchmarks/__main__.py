@@ -71,9 +71,12 @@ RANKS = (
 # key of the report, what to measure, the contender that others are compared with (else the first), options, rounds.
 ROWS: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
     *((f"steps {n}", "steps", "plain", {"kind": f"{n} layers"}, r) for n, r in STEPS),
-    ("steps 4 bf16-mixed", "steps", "plain", {"kind": "4 layers", "precision": "bf16-mixed"}, 300),
-    ("steps 4 SGD", "steps", "plain", {"kind": "4 layers", "rule": "SGD"}, 400),
-    ("steps GPT", "steps", "plain", {"kind": "GPT"}, 10),
+    *(
+        (f"steps {n} bf16-mixed", "steps", "plain", {"kind": f"{n} layers", "precision": "bf16-mixed"}, r)
+        for n, r in STEPS[:3]
+    ),
+    *((f"steps {n} SGD", "steps", "plain", {"kind": f"{n} layers", "rule": "SGD"}, r) for n, r in STEPS[:3]),
+    *((f"steps GPT {k}", "steps", "plain", {"kind": "GPT", "accumulation": k}, r) for k, r in ((1, 10), (8, 2))),
     *(
         (f"{way} {size} {kind} {k}", way, "plain", {"size": size, "kind": kind, "accumulation": k}, r)
         for way, size, kind, k, r in RANKS

@@ -7,7 +7,7 @@ from typing import Any
 
 import optree
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fabricfn as ff
 from tests.benchmarks.timing import interleaved
@@ -39,13 +39,22 @@ def measure_to_device(rounds: int) -> dict[str, float]:
     return {name: value / 100 for name, value in seconds.items()}
 
 
-def measure_batches(rounds: int) -> dict[str, float]:
-    """Median seconds of CPU per batch, of 500 batches that stand ready."""
+def measure_batches(rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of CPU per batch: of a shuffled epoch, and of batches that stand ready."""
     torch.set_num_threads(1)
     rt = ff.init_runtime(accelerator="cpu", devices=1)
+    samples = TensorDataset(torch.zeros(8192, 32), torch.zeros(8192))
     ready = [(torch.zeros(8, 32), torch.zeros(8)) for _ in range(500)]
-    loader = DataLoader(ready, batch_size=None)
-    sharded = ff.setup_dataloader(rt, DataLoader(ready, batch_size=None))
+    return {
+        "shuffled": per_batch(rt, samples, rounds, batch_size=32, shuffle=True),
+        "ready": per_batch(rt, ready, rounds, batch_size=None),
+    }
+
+
+def per_batch(rt: ff.Runtime, dataset: Any, rounds: int, **options: Any) -> dict[str, float]:
+    """Median seconds of CPU per batch of an epoch."""
+    loader = DataLoader(dataset, **options)
+    sharded = ff.setup_dataloader(rt, DataLoader(dataset, **options))
 
     def bare() -> None:
         for _ in loader:
@@ -55,8 +64,8 @@ def measure_batches(rounds: int) -> dict[str, float]:
         for _ in ff.batches(rt, sharded, 0):
             pass
 
-    seconds = interleaved({"bare": bare, "bare again (noise)": bare, "fabricfn": ours}, rounds, warmup=3)
-    return {name: value / len(ready) for name, value in seconds.items()}
+    seconds = interleaved({"bare": bare, "bare again (noise)": bare, "fabricfn": ours}, rounds, warmup=3, again=True)
+    return {name: value / len(loader) for name, value in seconds.items()}
 
 
 class Flow(IterableDataset[Any]):

@@ -18,8 +18,8 @@ import fabricfn as ff
 from tests.benchmarks.jobs import Job, job
 
 LEARNING_RATE = 1e-3
-COMPILED = ("4 layers", "40 layers")
-"""What is compiled, too: the compiler takes 4 and 25 s for these."""
+COMPILED = ("4 layers", "40 layers", "GPT")
+"""What is compiled, too: the compiler takes 4, 25 and 70 s for these."""
 
 Step = Callable[[], torch.Tensor]
 
@@ -60,6 +60,21 @@ def by_hand(work: Job, way: str, accumulation: int, precision: str, rule: str, f
                     loss = work.loss_fn(net, *work.batch)
                 (loss / accumulation if accumulation > 1 else loss).backward()
         optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def without_optimizer(work: Job, precision: str) -> Step:
+    """The floor: forward and backward by hand, and no update."""
+    parameters = list(work.net.parameters())
+
+    def step() -> torch.Tensor:
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext():
+            loss = work.loss_fn(work.net, *work.batch)
+        loss.backward()
         return loss.detach()
 
     return step

@@ -8,7 +8,7 @@ import torch
 
 import fabricfn as ff
 from tests.benchmarks.jobs import job
-from tests.benchmarks.loops import by_fabricfn, loops
+from tests.benchmarks.loops import by_fabricfn, loops, without_optimizer
 from tests.benchmarks.timing import interleaved
 
 
@@ -23,7 +23,8 @@ def measure(
 ) -> dict[str, float]:
     """Median seconds of a step by contender: of CPU on one process, on the clock of rank 0 on several.
 
-    All of them must learn the same.
+    All of them must learn the same. On one process each is called twice in a row and the second call counts: in a loop,
+    too, a step comes after itself, and not after seven others that have emptied the caches.
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a Linear returns a view; nobody writes into it
@@ -32,8 +33,11 @@ def measure(
     for name, found in losses.items():
         if not torch.allclose(found, losses["plain"], rtol=1e-4 if precision == "32-true" else 1e-2):
             raise AssertionError(f"{name} computes something else: losses {found}, by hand {losses['plain']}")
-    clock = time.process_time if way == "single" else time.perf_counter
-    return interleaved(steps, rounds, clock=clock, warmup=max(1, rounds // 10))
+    alone = way == "single"
+    if alone:
+        steps["no optimizer"] = without_optimizer(job(kind), precision)
+    clock = time.process_time if alone else time.perf_counter
+    return interleaved(steps, rounds, clock=clock, warmup=max(1, rounds // 10), again=alone)
 
 
 def measure_single(precision: str = "32-true", **options: Any) -> dict[str, float]:
