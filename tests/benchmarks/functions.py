@@ -3,6 +3,7 @@
 import optree
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fabricfn as ff
 from tests.benchmarks.jobs import job
@@ -23,6 +24,8 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     grad_fn, several = ff.value_and_grad(rt, work.loss_fn), ff.accumulate(rt, work.loss_fn)
     value_fn = ff.value(rt, work.loss_fn)
     _, grads = grad_fn(state[0], x, y)
+    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    average = [ff.tree_map(torch.clone, state[0])]
     batch = {"x": x, "y": [y, y]}
     key = ff.key(0)
 
@@ -30,7 +33,8 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         for param in params:
             param.grad = None
         for _ in range(times):
-            work.loss_fn(net, x, y).backward()
+            loss = work.loss_fn(net, x, y)
+            (loss / times if times > 1 else loss).backward()
 
     def without_gradients() -> None:
         with torch.no_grad():
@@ -42,6 +46,9 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 
     def donated() -> None:
         state[:] = ff.optimizer_step(rt, *state, grad_fn(state[0], x, y)[1], donate=True)
+
+    def ema() -> None:
+        average[:] = [ff.ema(average[0], state[0], 0.999, donate=True)]
 
     def hand_step() -> None:
         backward()
@@ -61,12 +68,13 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
             lambda: nn.utils.clip_grad_norm_(params, 1.0),
             lambda: ff.clip_gradients(rt, grads, max_norm=1.0),
         ),
+        "ema(donate=True)": (lambda: averaged.update_parameters(net), ema),
         "to_device": (lambda: optree.tree_map(lambda t: t.to("cpu"), batch), lambda: ff.to_device(rt, batch)),
         "all_reduce": (lambda: None, lambda: ff.all_reduce(rt, batch)),
         "fold_in": (lambda: None, lambda: ff.fold_in(key, 3)),
         "log, without a logger": (lambda: None, lambda: ff.log(rt, "loss", 0.5)),
     }
     return {
-        name: interleaved({"by hand": hand, "fabricfn": ours}, rounds, warmup=20)
+        name: interleaved({"by hand": hand, "fabricfn": ours}, rounds, warmup=20, again=True)
         for name, (hand, ours) in pairs.items()
     }

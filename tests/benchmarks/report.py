@@ -103,7 +103,8 @@ def functions_table(results: dict[str, Any]) -> str:
     """What a call costs, in microseconds."""
     text = (
         "## One call\n\nMicroseconds of CPU on one process, for 4 layers (tensors of 8 x 32 for `to_device` and"
-        " `all_reduce`), and of what one writes without fabricfn: `loss.backward()`, `clip_grad_norm_`, a fused AdamW."
+        " `all_reduce`), and of what one writes without fabricfn: `loss.backward()`, `clip_grad_norm_`, a fused AdamW,"
+        " `AveragedModel`."
     )
     lines = [text, "", "| | fabricfn | by hand |", "| --- | --- | --- |"]
     for key, result in results.items():
