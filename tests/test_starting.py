@@ -18,10 +18,10 @@ import fabricfn as ff
 from fabricfn.environments import Topology, find
 from fabricfn.errors import ConfigurationError, LaunchError
 from fabricfn.failures import first_cause, record
+from fabricfn.starting.again import command
 from fabricfn.starting.agent import _Agent
 from fabricfn.starting.launching import start_method
 from fabricfn.starting.request import Request, choice_of
-from fabricfn.starting.scripts import command
 
 PROGRAMS = Path(__file__).parent / "programs"
 TWO = {"devices": 2, "accelerator": "cpu", "timeout": 60}

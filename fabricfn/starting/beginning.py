@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Generator, Sequence
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, Literal
 
 from fabricfn.accelerators import Choice, choose
@@ -16,7 +17,7 @@ from fabricfn.runtimes import Runtime
 from fabricfn.starting.commanded import with_command_line
 from fabricfn.starting.joining import join, place, until_shutdown
 from fabricfn.starting.request import Request, check_own_start, choice_of, most_ranks, request_from
-from fabricfn.starting.scripts import attend_script, run_again, why_no_script
+from fabricfn.starting.scripts import attend_script, why_no_script
 from fabricfn.strategy import Strategy
 
 
@@ -162,7 +163,8 @@ def _start_ranks(request: Request, choice: Choice) -> Choice:
             f' with: torchrun --nproc-per-node={count} train.py, or write spawn="script".'
         )
     check_own_start(request, choice)
-    run_again(request, count)
+    again: Any = import_module("fabricfn.starting.again")  # not at the top: torch's agent takes long to import
+    return again.run_again(request, count)
 
 
 @contextlib.contextmanager
