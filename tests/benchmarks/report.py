@@ -26,6 +26,7 @@ class Table:
 HAND = {"plain again (noise)": "again", "fused": "by hand, fused"}
 OURS = {"fabricfn, donated": "fabricfn, donated", "fabricfn, pure": "fabricfn, pure"}
 PEERS = {"Lightning Fabric": "Lightning Fabric", "Accelerate": "Accelerate"}
+COMPILED = {"fabricfn, compiled": "fabricfn, compiled"}
 LOOPS = {**HAND, **OURS, **PEERS}
 FSDP = {
     f"fsdp 2 {kind} {count}": f"{title}, {'one batch' if count == 1 else f'{count} micro-batches'} a step"
@@ -137,7 +138,7 @@ SECTIONS: tuple[Table | Callable[[dict[str, Any]], str], ...] = (
             **HAND,
             "no optimizer": "no optimizer",
             **OURS,
-            "fabricfn, compiled": "fabricfn, compiled",
+            **COMPILED,
             **PEERS,
         },
     ),
@@ -165,9 +166,11 @@ SECTIONS: tuple[Table | Callable[[dict[str, Any]], str], ...] = (
             "flat 2 4 layers 1": 'fabricfn with "flat": 2 ranks, 4 layers, one batch a step',
             "flat 2 4 layers 8": 'fabricfn with "flat": 2 ranks, 4 layers, 8 micro-batches a step',
             "flat 2 GPT 1": 'fabricfn with "flat": 2 ranks, GPT, one batch a step',
+            "functional 2 4 layers 1": 'fabricfn with "functional": 2 ranks, 4 layers, one batch a step',
+            "functional 2 4 layers 8": 'fabricfn with "functional": 2 ranks, 4 layers, 8 micro-batches a step',
         },
         base="by hand",
-        columns=LOOPS,
+        columns={**HAND, **OURS, **COMPILED, **PEERS},
     ),
     Table(
         text="## The same bits on any number of ranks\n\nWall time of a step with 8 micro-batches a rank, for 4 layers:"
