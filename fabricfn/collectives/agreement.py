@@ -3,7 +3,8 @@
 [Note: agreement] gloo returns garbage without an error when dtypes, operations or the order of tensors differ between
 ranks, aborts the process when sizes differ, and hangs when the kinds of call differ. So every collective of ours begins
 with the same one: an all_gather of four integers a rank, 64-bit digests of the call, of the tree and of its aliases,
-and a flag for "I cannot". Only when they differ do the ranks exchange descriptions, and all of them raise.
+and flags. Only when they differ do the ranks exchange descriptions, and all of them raise. Up to `CROWD` ranks the
+message has room for a small tree's tensors, which then need no message of their own.
 """
 
 import dataclasses
@@ -27,6 +28,10 @@ from fabricfn.world import World
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 SHOWN = 8
 """So many differing leaves does a message list."""
+CROWD = 64
+"""Beyond as many ranks every row is as short as can be."""
+_CANNOT, _RIDES = 1, 2
+_EMPTY = (0,) * flat.ROOM
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,8 @@ class Agreement:
     """Structure, shapes and dtypes are equal on all ranks."""
     same_aliases: bool
     """So is which leaves are one tensor: then it travels once."""
+    rows: torch.Tensor | None = None
+    """[size, flat.ROOM] words: the tensors of all ranks, where they rode along."""
 
 
 def take_apart(tree: Tree, *, uneven: bool = False, graph: bool = False) -> Parcel:
@@ -85,7 +92,14 @@ def take_apart(tree: Tree, *, uneven: bool = False, graph: bool = False) -> Parc
 
 
 def agree(
-    world: World, members: Members, call: str, parcel: Parcel, problem: Exception | None, *, same_tree: bool = True
+    world: World,
+    members: Members,
+    call: str,
+    parcel: Parcel,
+    problem: Exception | None,
+    *,
+    same_tree: bool = True,
+    tensors: Sequence[torch.Tensor] | None = None,
 ) -> Agreement:
     """Find out whether the members make the same call. Each of them must call it.
 
@@ -96,6 +110,7 @@ def agree(
         parcel: the tree.
         problem: why this rank cannot make its call; None if it can.
         same_tree: whether trees that differ are an error.
+        tensors: those of the tree, if the call needs nothing but the tensors of all ranks: see `Agreement.rows`.
 
     Raises:
         FabricfnError: `problem`, on this rank.
@@ -109,23 +124,39 @@ def agree(
         raise CapabilityError(f"{call} sends messages of its own, which a compiled step cannot. Call it outside of it.")
     device = device_for_words(world, members.group)
     mine = words(call, parcel, problem)
-    rows = cast("list[list[int]]", flat.all_gather([torch.tensor(mine, device=device)], members.group)[0].tolist())
+    room = device.type == "cpu" and len(members.ranks) <= CROWD
+    cargo = flat.loaded(tensors) if room and tensors is not None and problem is None else None
+    if cargo is not None:
+        mine[3] |= _RIDES
+    message = torch.tensor([*mine, *_EMPTY] if room else mine, device=device)
+    if cargo is not None:
+        message[4:] = cargo
+    (gathered,) = flat.all_gather([message], members.group)
+    rows = cast("list[list[int]]", gathered[:, :4].tolist())
     trees_agree = all(row[1] == mine[1] for row in rows)
-    if any(row[3] for row in rows) or any(row[0] != mine[0] for row in rows) or (same_tree and not trees_agree):
+    if (
+        any(row[3] & _CANNOT for row in rows)
+        or any(row[0] != mine[0] for row in rows)
+        or (same_tree and not trees_agree)
+    ):
         data = json.dumps(description(call, parcel, problem)).encode()
         texts = all_gather_bytes(data, members.group, device)
         if problem is not None:
             raise problem
         found = dict(zip(members.ranks, map(json.loads, texts), strict=True))
         raise MismatchError(disagreement(found, world.rank, same_tree=same_tree))
-    return Agreement(same_tree=trees_agree, same_aliases=all(row[2] == mine[2] for row in rows))
+    return Agreement(
+        same_tree=trees_agree,
+        same_aliases=all(row[2] == mine[2] for row in rows),
+        rows=gathered[:, 4:] if all(row[3] & _RIDES for row in rows) else None,
+    )
 
 
 def words(call: str, parcel: Parcel, problem: Exception | None) -> list[int]:
-    """[call, tree, aliases, cannot]: what the ranks compare."""
+    """[call, tree, aliases, flags]: what the ranks compare."""
     tree = digest("\n".join([containers_text(parcel.spec), str(parcel.spec.paths()), *parcel.texts]))
     aliases = [] if parcel.firsts == list(range(len(parcel.firsts))) else parcel.firsts
-    return [digest(call), tree, digest(str(aliases)), int(problem is not None)]
+    return [digest(call), tree, digest(str(aliases)), 0 if problem is None else _CANNOT]
 
 
 def digest(text: str) -> int:

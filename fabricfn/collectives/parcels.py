@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fabricfn import flat
 from fabricfn.collectives.agreement import Agreement, Parcel, agree, attempt, take_apart
 from fabricfn.collectives.groups import Members, device_for, device_for_words
 from fabricfn.errors import ConfigurationError
@@ -45,11 +46,15 @@ def meet(
     *,
     uneven: bool = False,
     graph: bool = False,
+    rides: bool = False,
 ) -> tuple[Parcel, list[torch.Tensor], Agreement]:
-    """Take the tree apart, `prepare` its tensors, and agree with the other members. They all must call it."""
+    """Take the tree apart, `prepare` its tensors, and agree with the other members. They all must call it.
+
+    With `rides`, small tensors ride along: see `Agreement.rows`.
+    """
     parcel = take_apart(tree, uneven=uneven, graph=graph and torch.is_grad_enabled())
     tensors, problem = attempt(prepare, parcel)
-    return parcel, tensors, agree(world, members, call, parcel, problem)
+    return parcel, tensors, agree(world, members, call, parcel, problem, tensors=tensors if rides else None)
 
 
 def words_device(world: World, members: Members) -> torch.device:
@@ -117,15 +122,26 @@ def divisible(parcel: Parcel, tensors: list[torch.Tensor], size: int, call: str,
 
 
 def travel(
-    parcel: Parcel, tensors: list[torch.Tensor], agreement: Agreement, world: World, members: Members, run: Run
+    parcel: Parcel,
+    tensors: list[torch.Tensor],
+    agreement: Agreement,
+    world: World,
+    members: Members,
+    run: Run,
+    arrived: Run = list,
 ) -> list[torch.Tensor]:
     """`run` on the tensors that differ, where the group can carry them; one result a leaf, on the leaf's own device.
+
+    Where they rode along, `arrived` on the ranks' tensors, [*s] stacked to [size, *s], in its place.
 
     A tensor that stands in several leaves travels once and comes back as one tensor, if that is so on all ranks. If it
     is not, then the ranks' results differ from leaf to leaf, and cannot be one tensor.
     """
     firsts = parcel.firsts if agreement.same_aliases else list(range(len(tensors)))
     places = [place for place, first in enumerate(firsts) if place == first]
+    if agreement.rows is not None:
+        found = arrived(flat.unloaded(agreement.rows, tensors))
+        return [found[first] for first in firsts]
     origins = [tensors[place].device for place in places]
     served = {origin: device_for(origin, world, members.group) for origin in set(origins)}
     sent = [tensors[place].to(served[origin]) for place, origin in zip(places, origins, strict=True)]

@@ -30,4 +30,5 @@ from fabricfn.flat.reducing import (
     anywhere as anywhere,
     reduce_scatter as reduce_scatter,
 )
+from fabricfn.flat.riding import ROOM as ROOM, combined as combined, loaded as loaded, unloaded as unloaded
 from fabricfn.flat.wire import HALVES as HALVES, Group as Group
