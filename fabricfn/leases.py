@@ -41,7 +41,7 @@ class Lease:
     known: Any = None
     """What a compiled step found out about the values, to be spared the next time: see `compiling.arguments`."""
     apart: bool = False
-    """A donated step made the values, and found that no two that it changes share memory."""
+    """A donated step made the values, in place: no two that it changes share memory, and their shapes fit."""
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         if values is not None:  # the defaults are the class's: most leases are made in the hot loop and never looked at

@@ -226,6 +226,21 @@ def exposed(opt: Optimizer) -> Optimizer:
     return opt
 
 
+def exposed_after(opt: Optimizer, after: Optimizer, *, in_place: bool) -> None:
+    """What a donated step makes of an exposed optimizer is exposed, too.
+
+    Args:
+        opt: the optimizer that was given away.
+        after: what came of it.
+        in_place: whether all the tensors are the old ones; then their shapes are what they were, and fit.
+    """
+    if not in_place or opt.lease.values is None:
+        exposed(after)
+        return
+    after.lease.values, after.lease.versions = opt.lease.values, versions_of(opt.lease.values.values())
+    after.lease.apart = True
+
+
 register(Optimizer, _flatten_optimizer, _unflatten_optimizer)
 
 

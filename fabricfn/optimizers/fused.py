@@ -71,7 +71,7 @@ def advance(
     if evaluate is not None:
         grads = evaluate()[1]
     detail: Fused = opt.plan.detail
-    watched = opt.lease.values is not None
+    watched = opt.lease.values is not None and not opt.lease.apart
     store: list[Columns] = []
     # nothing here requires grad, unless a user gave the gradients a graph: then nothing may be recorded
     with torch.no_grad() if any(map(_requires_grad, grads)) else _NOTHING:
@@ -84,6 +84,14 @@ def advance(
             step = detail.kernel.step if _fits(bucket, values, found) else _Careful(detail.kernel, bucket).step
             store.append(step(hyperparams[bucket.group], values, found, old if donate else _copied(old)))
     return tuple(store), opt.shared, opt.hyperparams
+
+
+def in_place(old: Optimizer, new: Optimizer) -> bool:
+    """Whether a step by kernels has left every tensor of the state in its column."""
+    return type(old.plan.detail) is Fused and all(
+        after.keys() == before.keys() and all(before[slot] is after[slot] for slot in before if slot != "step")
+        for before, after in zip(old.store, new.store, strict=True)
+    )
 
 
 def _requires_grad(grad: Tensor | None) -> bool:

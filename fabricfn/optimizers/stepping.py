@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fabricfn.errors import ConfigurationError, ModelError
 from fabricfn.leases import NOWHERE, Place, bump, caller, unbind
+from fabricfn.optimizers.fused import in_place
 from fabricfn.optimizers.kernels import clones
 from fabricfn.optimizers.layout import joined, mappings, parts, values_of
 from fabricfn.optimizers.shards import parts_of_grads, parts_of_params
@@ -16,7 +17,7 @@ from fabricfn.optimizers.skipping import judge, stay
 from fabricfn.records import Grads, Model, check_fit, handed_on, renewed
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import with_locals
-from fabricfn.states import Optimizer, Plan, exposed, overlap
+from fabricfn.states import Optimizer, Plan, exposed_after, overlap
 from fabricfn.watching import collective
 
 M = TypeVar("M")
@@ -288,7 +289,7 @@ def _give_away(opt: Optimizer, grads: Sequence[Grads], where: Place, after: Opti
     """Spend opt and grads. Where other records may hold the state's tensors, let them find out by the versions."""
     _spend_rest(opt, grads, where)
     if opt.lease.values is not None:
-        exposed(after)
+        exposed_after(opt, after, in_place=in_place(opt, after))
 
 
 def _spend_rest(opt: Optimizer, grads: Sequence[Grads], where: Place) -> None:
