@@ -36,7 +36,7 @@ def test_donation_spends_all_three_and_says_where():
     new, new_opt = ff.optimizer_step(RT, model, opt, grads, donate=True)
     fresh = grads_of(new)
     for arguments in ((model, new_opt, fresh), (new, opt, fresh), (new, new_opt, grads)):
-        with pytest.raises(DonatedError, match=r"test_donation\.py:\d+"):
+        with pytest.raises(DonatedError, match=r"test_donated_steps\.py:\d+"):
             ff.optimizer_step(RT, *arguments)
     with pytest.raises(DonatedError):
         optree.tree_map(torch.clone, opt)
