@@ -73,6 +73,26 @@ def test_a_lineage_that_was_taken_apart_can_go_on_donating():
         first.lease.check("Optimizer")
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.RMSprop, {})],
+)
+def test_leaves_that_were_kept_over_donated_steps_are_found_out_when_they_are_stepped(cls, options):
+    model = ff.setup_model(RT, net())
+    opt = ff.setup_optimizer(RT, model, cls, lr=0.1, **options)
+    optree.tree_leaves(opt)  # before momentum has its buffers
+    for _ in range(2):
+        model, opt = ff.optimizer_step(RT, model, opt, grads_of(model), donate=True)
+    leaves, spec = optree.tree_flatten(opt, namespace="")
+    for step in range(3):
+        model, opt = ff.optimizer_step(RT, model, opt, grads_of(model, step), donate=True)
+    stale = optree.tree_unflatten(spec, leaves)  # made after the steps: it is not to blame, and may go on alone
+    other = optree.tree_map(torch.clone, model)
+    ff.optimizer_step(RT, other, stale, grads_of(model), donate=True)
+    with pytest.raises(DonatedError, match="shares tensors"):
+        ff.optimizer_step(RT, model, opt, grads_of(model))
+
+
 def test_a_failing_step_leaves_pure_inputs_and_spends_donated_ones():
     class Failing(torch.optim.SGD):
         def step(self, closure=None):
