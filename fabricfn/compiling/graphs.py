@@ -8,7 +8,7 @@ import time
 import traceback
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._inductor
@@ -21,14 +21,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.distributed import _functional_collectives
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fabricfn.compiling.arguments import Part, unflatten
 from fabricfn.compiling.describing import described
 from fabricfn.compiling.draws import Block, Draws
 from fabricfn.compiling.overlaps import Guard
-from fabricfn.compiling.results import Reader, Results
+from fabricfn.compiling.reading import Reader
+from fabricfn.compiling.results import Results
 from fabricfn.compiling.standins import Standins
 from fabricfn.errors import CapabilityError, FabricfnError
 from fabricfn.runtimes import Runtime
@@ -109,10 +110,13 @@ def trace(
                 counts=[len(part.tensors) for part in parts],
                 places={id(tensor): place for place, tensor in enumerate(inputs[: len(tensors)])},
                 numbers=number_places(parts, given, numbers),
+                wide=passed.dtype,
             )
             args, kwargs = unflatten(spec, given)
+            refusals: list[Any] = []
+            cast("Any", get_proxy_mode()).tracer.refusals = refusals
             with draws:
-                found.append(reader.read(step_fn(*args, **kwargs)))
+                found.append(reader.read(step_fn(*args, **kwargs), refusals))
                 return [output.detach() for output in reader.outputs]
 
         with fake, torch.autograd.set_multithreading_enabled(False):

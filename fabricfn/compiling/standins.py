@@ -13,10 +13,12 @@ from fabricfn.compiling.hyperparams import joined
 from fabricfn.copying import copy_onto
 from fabricfn.engine import Engine, Frame
 from fabricfn.errors import CapabilityError
+from fabricfn.optimizers.formulas import Counts
 from fabricfn.optimizers.fused import Fused
 from fabricfn.random import Key
 from fabricfn.records import Grads, Model, Ref
 from fabricfn.runtimes import Runtime
+from fabricfn.scaling import LossScale, first_scale
 from fabricfn.states import Counter, Optimizer, Plan
 from fabricfn.strategies.recomputing import recompute
 from fabricfn.tree import tree_unflatten
@@ -51,19 +53,6 @@ class StepCount:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
-class Counts(Sequence[torch.Tensor]):
-    """The numbers from one that is an input of the graph on, for a `Counter` whose own count begins with 0."""
-
-    def __init__(self, first: torch.Tensor) -> None:
-        self.first = first
-
-    def __len__(self) -> int:
-        return 1 << 62
-
-    def __getitem__(self, more: Any) -> Any:
-        return self.first + more
-
-
 @dataclasses.dataclass(slots=True, eq=False)
 class Standins:
     """Makes them, and knows afterwards what stood for what."""
@@ -80,11 +69,11 @@ class Standins:
         given = part.given
         kind: Any = given.__class__
         if kind is Model:
-            return self._model(given, tensors)
+            return self._model(given, tensors, numbers)
         if kind is Optimizer:
             return self._optimizer(place, part, tensors, numbers)
         if kind is Grads:
-            return self._grads(given, tensors)
+            return self._grads(given, tensors, numbers)
         if kind is Key:
             return Key(KeyBits(place, (), self.draws))  # pyright: ignore[reportArgumentType]  # no number yet
         if kind is float:
@@ -95,11 +84,12 @@ class Standins:
             return next(tensors).requires_grad_(given.requires_grad)
         return given
 
-    def _model(self, given: Model, tensors: Tensors) -> Model:
+    def _model(self, given: Model, tensors: Tensors, numbers: Tensors) -> Model:
         return Model(
             params={name: next(tensors) for name in given.params},
             buffers={name: next(tensors) for name in given.buffers},
             training=given.training,
+            loss_scale=self._scale(given.loss_scale, numbers) or self._first_scale(),
             ref=self._ref(given.ref),
         )
 
@@ -112,10 +102,22 @@ class Standins:
             self.engines |= {id(one): pair for one in pair}
         return Ref(self.engines[id(engine)][1], ref.signature)
 
-    def _grads(self, given: Grads, tensors: Tensors) -> Grads:
+    def _scale(self, given: LossScale | None, numbers: Tensors) -> LossScale | None:
+        found: Any = numbers
+        return None if given is None else LossScale(scale=next(found), good_steps=next(found))
+
+    def _first_scale(self) -> LossScale | None:
+        first = first_scale(self.rt.precision.loss_scale)
+        if first is None:
+            return None
+        both: Any = torch.tensor([first.scale, first.good_steps], dtype=torch.float64, device=self.rt.device)
+        return LossScale(scale=both[0], good_steps=both[1])
+
+    def _grads(self, given: Grads, tensors: Tensors, numbers: Tensors) -> Grads:
         params = {name: None if grad is None else next(tensors) for name, grad in given.params.items()}
         buffers = None if given.new_buffers is None else {name: next(tensors) for name in given.new_buffers}
-        return Grads(params=params, new_buffers=buffers, ref=self._ref(given.ref))
+        scale = self._scale(given.loss_scale, numbers)
+        return Grads(params=params, new_buffers=buffers, ref=self._ref(given.ref), loss_scale=scale)
 
     def _optimizer(self, place: int, part: Part, tensors: Tensors, numbers: Tensors) -> Optimizer:
         given: Optimizer = part.given
@@ -126,7 +128,7 @@ class Standins:
             leaves[at] = next(tensors)
         for at in known.counters:
             count = next(numbers)
-            leaves[at] = Counter(0, count.device, (0, Counts(count)))
+            leaves[at] = Counter(0, count.device, (0, Counts(count, (place, at))))
         store, shared = tree_unflatten(known.spec, leaves)
         plan = given.plan
         if type(plan.detail) is Fused:

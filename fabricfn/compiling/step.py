@@ -131,8 +131,10 @@ def compile_step(
         A function to be called as `step_fn`, with the attributes `traces` and `seconds`. Every rank gets its own.
 
     Raises:
-        CapabilityError: another strategy, or a precision with a loss scale; (from the compiled step) a step that looks
-            at the numbers of a tensor (the message names the line), an optimizer that has no formula.
+        CapabilityError: another strategy; (from the compiled step) a step that looks at the numbers of a tensor (the
+            message names the line), an optimizer that has no formula.
+        GradientError: (from the compiled step) weights that sum to zero; gradients that are still not finite at the
+            smallest loss scale. What the step gives away is lost then.
         DonatedError: (from the compiled step) an argument was given away.
         ModelError: (from the compiled step) what is given away shares memory with another argument.
 
@@ -157,12 +159,6 @@ def compile_step(
             f"strategy={rt.strategy.name!r} works by hooks or by parts of parameters, which cannot be one graph;"
             f' compile_step serves {" and ".join(map(repr, STRATEGIES))}. Write init_runtime(strategy="functional") for'
             " replicas on several ranks, or leave the step as it is and compile the net:"
-            " ff.setup_model(rt, module, compile=True)."
-        )
-    if rt.precision.loss_scale is not None:
-        raise CapabilityError(
-            "a loss scale looks at the gradients on the host at every step, which a compiled step cannot. Write"
-            ' precision="bf16-mixed", which needs none; or leave the step as it is and compile the net:'
             " ff.setup_model(rt, module, compile=True)."
         )
     return CompiledStep(rt, step_fn, backend, dict(options or {}), limit)
