@@ -19,6 +19,12 @@ def tracing() -> bool:
     return _mode_of(_PROXY) is not None
 
 
+class Unknown:
+    """What stands in a traced step for a number that only the host knows, at every call: [Note: hosted]."""
+
+    __slots__ = ()
+
+
 def refuse_later(refused: torch.Tensor, error: Callable[[], Exception]) -> None:
     """For a question that a traced step cannot ask: where this number is true the host raises the error afterwards."""
     mode: Any = _mode_of(_PROXY)

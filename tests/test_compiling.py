@@ -400,6 +400,41 @@ def test_another_state_in_an_optimizer_is_seen(rt):
         assert_close(step(model, state, x, y, 0.1)[:2], compiled(model, state, x, y, 0.1)[:2])
 
 
+@pytest.mark.parametrize("made", ["arithmetic", "torch", "lambda"])
+def test_a_step_computes_with_the_count_of_steps(rt, made):
+    lr_scheduler = torch.optim.lr_scheduler
+    options = {"max_lr": 0.1, "total_steps": 8} if made == "torch" else {"lr_lambda": lambda step: min(1.0, step / 3)}
+    schedule = ff.schedule_from_torch(
+        lr_scheduler.OneCycleLR if made == "torch" else lr_scheduler.LambdaLR, 0.1, **options
+    )
+    model = ff.setup_model(rt, make_net())
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1, groups={"*.bias": {"weight_decay": 0.0}})
+    grad_fn = ff.value_and_grad(rt, lambda net, x, y, weight: mse(net, x, y) * weight)
+    outside = ff.key(3)
+
+    def step(model, opt, x, y, key):
+        count = 2 * (opt.step + 1) % 7 // 1 - 0
+        key, other = ff.fold_in(key, opt.step), ff.fold_in(outside, 1 + opt.step)
+        _, grads = grad_fn(model, x, y, 1 / (1 + opt.step), rng=key)
+        loss, more = grad_fn(model, x, y, torch.clamp(x[0, 0].abs(), max=opt.step + 0.5) ** opt.step, rng=other)
+        grads = ff.tree_map(torch.add, grads, more)
+        rates = {"lr": [0.1 * 0.5**opt.step, 0.1]} if made == "arithmetic" else schedule(opt.step)
+        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=True, **rates)
+        return model, opt, loss, x.long() * opt.step, {"count": count, "key": key, "step": opt.step, **rates}
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    eager, mine = copies(model, opt), copies(model, opt)
+    for number in range(5):
+        batch = [*make_batch(number)]
+        *eager, loss, integers, told = step(*eager, *batch, ff.key(1))
+        *mine, my_loss, my_integers, mine_told = compiled(*mine, *batch, ff.key(1))
+        assert_close(eager, mine)
+        torch.testing.assert_close(loss, my_loss, rtol=0, atol=ATOL)
+        torch.testing.assert_close(integers, my_integers)
+        assert mine_told == told and told["step"] == number + 1
+    assert compiled.traces == 1
+
+
 def test_random_operations_draw_the_same_numbers(rt):
     model = ff.setup_model(rt, nn.Linear(4, 2))
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
@@ -726,7 +761,7 @@ def test_what_a_graph_would_keep_for_ever_is_refused(rt, case):
     grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).square().mean())
 
     def step(model, opt, x, rng):
-        key = {"key": ff.key(1), "fold": ff.fold_in(rng, opt.step) if case == "fold" else rng}.get(case, rng)
+        key = {"key": ff.key(1), "fold": ff.fold_in(rng, x.sum()) if case == "fold" else rng}.get(case, rng)
         _, grads = grad_fn(other if case == "model" else model, x, rng=key)
         if case == "multinomial":
             x.abs().multinomial(2)
@@ -736,8 +771,8 @@ def test_what_a_graph_would_keep_for_ever_is_refused(rt, case):
     words = {
         "model": r"takes its models as arguments",
         "key": r"takes its random key as an argument",
-        "schedule": r"lr=schedule\(opt.step\)",
-        "fold": r"rng=ff.fold_in\(key, opt.step\)",
+        "schedule": r"lr=schedule\(opt.step\).*LambdaLR",
+        "fold": r"opt.step into a key, found a tensor",
         "multinomial": r"torch.rand_like",
         "optimizer": r"RMSprop cannot be compiled.*return the gradients",
     }

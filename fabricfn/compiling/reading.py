@@ -10,9 +10,12 @@ from typing import Any, cast
 import torch
 
 from fabricfn.compiling.arguments import Known, KnownState, is_record, kinds_of, layout_of
+from fabricfn.compiling.draws import KeyBits
+from fabricfn.compiling.hosted import Hosted
 from fabricfn.compiling.results import Call, Recipe, Results
-from fabricfn.compiling.standins import Standins, StepCount
+from fabricfn.compiling.standins import Standins
 from fabricfn.errors import CapabilityError
+from fabricfn.random import Key
 from fabricfn.records import Grads, Model, Ref
 from fabricfn.scaling import LossScale
 from fabricfn.states import Counter, Optimizer
@@ -93,9 +96,9 @@ class Reader:
             return self._optimizer(leaf)
         if kind is Grads:
             return self._grads(leaf)
-        if kind is StepCount:
-            count: StepCount = leaf
-            return lambda call: call.parts[count.argument].given.step + count.more
+        if kind is Hosted or (kind is Key and type(leaf.bits) is KeyBits):
+            of = leaf.of if kind is Hosted else leaf.bits.of
+            return lambda call: of(call.parts)
         if isinstance(leaf, torch.Tensor):
             if id(leaf) in self.numbers:
                 number = self.numbers[id(leaf)]

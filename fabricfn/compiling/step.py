@@ -86,10 +86,9 @@ def compute(rt: Runtime, found: Trace, parts: Sequence[Part], where: Place) -> A
     if results.spent:
         found.guard.check(results.spent, parts, found.names)
     passed = [*inputs]
-    if numbers:
-        passed.append(found.numbers.filled(numbers))
+    passed += found.numbers.filled(numbers, parts)
     for block in found.blocks:
-        passed += block.drawn([part.given for part in parts], rt.device)
+        passed += block.drawn(parts, rt.device)
     try:
         outputs = found.run(*passed)
     except BaseException:
@@ -120,8 +119,8 @@ def compile_step(
 
     Args:
         step_fn: `step_fn(*args, **kwargs) -> results`, built of `value_and_grad`, `accumulate`, `clip_gradients`,
-            `optimizer_step`, `apply`, `map_params` and operations on tensors. All Models, Optimizers and keys that it
-            uses are arguments. Trees of arguments and of results may be any.
+            `optimizer_step`, `apply`, `map_params` and operations on tensors. All Models and Optimizers that it uses
+            are arguments. Trees of arguments and of results may be any.
         backend: what compiles the graph: "inductor"; another of `torch.compile`'s back ends ("aot_eager" and "eager"
             compile nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`.
         options: settings of the back end; for inductor those of `torch._inductor.config`.
