@@ -139,8 +139,8 @@ class seeded:
     def _enter_traced(self) -> None:
         if type(self._seed) is int:
             raise CapabilityError(
-                "a compiled step takes its random key as an argument, or folds opt.step into it: this one would give the"
-                " same numbers in every step. Write rng=ff.fold_in(key, opt.step), or step(model, ..., rng)."
+                "a compiled step takes its random key as an argument, or folds opt.step into it: this one would give"
+                " the same numbers in every step. Write rng=ff.fold_in(key, opt.step), or step(model, ..., rng)."
             )
         self._seed.enter()
 
