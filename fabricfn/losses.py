@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from fabricfn.errors import GradientError
 from fabricfn.flat import all_reduce
-from fabricfn.tracing import tracing
+from fabricfn.tracing import refuse_later, times, tracing
 from fabricfn.tree import tree_map
 from fabricfn.world import World
 
@@ -36,7 +36,7 @@ class Sums:
     weight: Any = 0
     count: int = 0
     aux: list[Any] | None = None
-    scale: float | None = None
+    scale: Any = None
     """By what the losses are multiplied before the backward pass; see [Note: loss scale]."""
 
 
@@ -63,7 +63,7 @@ def collect(job: Job, sums: Sums, result: Any) -> torch.Tensor:
     sums.count += 1
     loss = result.detach().clone() if result.is_leaf else result.detach()  # it may be a parameter itself
     sums.loss = loss if sums.count == 1 else sums.loss + loss
-    return result if sums.scale is None else result * sums.scale
+    return result if sums.scale is None else times(result, sums.scale)
 
 
 def detached(leaf: Any) -> Any:
@@ -87,15 +87,19 @@ def finish(job: Job, sums: Sums, world: World) -> tuple[torch.Tensor, Any]:
         return sums.loss if sums.count == 1 else sums.loss / sums.count, unscale
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     both = torch.stack([torch.as_tensor(part, dtype=dtype, device=world.wire) for part in (sums.loss, sums.weight)])
-    if tracing():  # weights that sum to zero give NaN
+    out = sums.loss.dtype if sums.loss.is_floating_point() else dtype
+    if tracing():
         loss, weight = all_reduce([both], world.group, "sum")[0].unbind()
-        return (loss / weight).to(
-            sums.loss.dtype if sums.loss.is_floating_point() else dtype
-        ), world.world_size / weight
+        refuse_later(weight == 0, _weightless)
+        factor = world.world_size / weight
+        return (loss / weight).to(out), factor if unscale is None else factor * unscale
     if world.group is not None:
         dist.all_reduce(both, group=world.group)
     loss, weight = cast("list[float]", both.tolist())
     if weight == 0:
-        raise GradientError("the weights of all ranks sum to zero, so the weighted mean does not exist.")
-    mean = torch.tensor(loss / weight, dtype=sums.loss.dtype if sums.loss.is_floating_point() else dtype)
-    return mean.to(world.device), world.world_size / weight * (unscale or 1)
+        raise _weightless()
+    return torch.tensor(loss / weight, dtype=out).to(world.device), world.world_size / weight * (unscale or 1)
+
+
+def _weightless() -> GradientError:
+    return GradientError("the weights of all ranks sum to zero, so the weighted mean does not exist.")

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from fabricfn.errors import CapabilityError, ConfigurationError
-from fabricfn.tracing import tracing
+from fabricfn.tracing import Unknown, tracing
 
 CPU = torch.device("cpu")
 SIGN = 1 << 63
@@ -40,8 +40,10 @@ def _mix(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _under(bits: Any, data: int) -> Any:
-    return _mix(b"%d,%d" % (bits, data)) if type(bits) is int else bits.folded(data)
+def _under(bits: Any, data: Any) -> Any:
+    if type(bits) is not int:
+        return bits.folded(data)
+    return cast("Any", data).under(bits) if isinstance(data, Unknown) else _mix(b"%d,%d" % (bits, data))
 
 
 def key(seed: int) -> Key:
@@ -137,8 +139,8 @@ class seeded:
     def _enter_traced(self) -> None:
         if type(self._seed) is int:
             raise CapabilityError(
-                "a compiled step takes its random key as an argument: one from outside would give the same numbers in"
-                " every step. Write step(model, ..., rng) and pass rng=ff.fold_in(key, opt.step) at every call."
+                "a compiled step takes its random key as an argument, or folds opt.step into it: this one would give"
+                " the same numbers in every step. Write rng=ff.fold_in(key, opt.step), or step(model, ..., rng)."
             )
         self._seed.enter()
 

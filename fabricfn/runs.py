@@ -21,7 +21,7 @@ from fabricfn.records import Grads, Model
 from fabricfn.runtimes import Runtime
 from fabricfn.scaling import shared_scale
 from fabricfn.sharding import local_of, with_locals
-from fabricfn.tracing import tracing
+from fabricfn.tracing import times, tracing
 from fabricfn.tree import tree_flatten, tree_unflatten
 from fabricfn.world import World
 
@@ -166,7 +166,9 @@ def scale(taken: list[list[torch.Tensor | None]], factor: Any) -> list[list[torc
     present = [grad for grads in taken for grad in grads if grad is not None]
     if present:
         parts = [local_of(grad) for grad in present]
-        scaled = iter(with_locals(present, torch._foreach_mul(parts, factor)))  # pyright: ignore[reportPrivateImportUsage]
+        traced = isinstance(factor, torch.Tensor)
+        made = [times(part, factor) for part in parts] if traced else torch._foreach_mul(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
+        scaled = iter(with_locals(present, made))
         taken = [[None if grad is None else next(scaled) for grad in grads] for grads in taken]
     return taken
 

@@ -132,6 +132,13 @@ class Counter:
         at_hand = self.count + 1 - self.first < len(self.tensors)
         return Counter(self.count + 1, self.device, (self.first, self.tensors) if at_hand else None)
 
+    def later(self, steps: int) -> "Counter":
+        """The counter after some more steps."""
+        found = self
+        for _ in range(steps):
+            found = found.next()
+        return found
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (Counter, (self.count, self.device))
 

@@ -21,6 +21,7 @@ from fabricfn.optimizers import transforms
 from fabricfn.optimizers.fused import Fused
 from fabricfn.random import Key
 from fabricfn.records import Grads, Model
+from fabricfn.scaling import LossScale
 from fabricfn.states import Counter, Optimizer
 from fabricfn.tree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -165,13 +166,17 @@ def _key(leaf: Key) -> Part:
 
 
 def _model(leaf: Model) -> Part:
-    lease, params, buffers = leaf.lease, leaf.params, leaf.buffers
+    lease, params, buffers, scale = leaf.lease, leaf.params, leaf.buffers, leaf.loss_scale
     lease.check("Model")
     known = lease.known
     if known is None:
         known = lease.known = Known(kinds_of(params.values()))
     key = (Model, engine_of(leaf), known.kinds, leaf.training, tuple(buffers), *map(kind_of, buffers.values()))
-    return Part(leaf, key, (*params.values(), *buffers.values()), (), known)
+    return Part(leaf, (*key, scale is None), (*params.values(), *buffers.values()), _of_scale(scale), known)
+
+
+def _of_scale(scale: LossScale | None) -> Sequence[float]:
+    return () if scale is None else (scale.scale, scale.good_steps)
 
 
 def _grads(leaf: Grads) -> Part:
@@ -181,7 +186,8 @@ def _grads(leaf: Grads) -> Part:
     buffers = leaf.new_buffers or {}
     kinds = kinds_of((*given.values(), *buffers.values()))
     key = (Grads, leaf.ref.engine, leaf.ref, tuple(given), leaf.new_buffers is None, tuple(buffers), kinds)
-    return Part(leaf, key, (*given.values(), *buffers.values()), (), Known(kinds))
+    scale = leaf.loss_scale
+    return Part(leaf, (*key, scale is None), (*given.values(), *buffers.values()), _of_scale(scale), Known(kinds))
 
 
 def _optimizer(leaf: Optimizer) -> Part:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx.experimental.proxy_tensor import (
@@ -22,7 +22,8 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fabricfn.errors import CapabilityError
-from fabricfn.random import CPU, device_generator, fold_in, seeded
+from fabricfn.random import CPU, Key, device_generator, fold_in, seeded
+from fabricfn.tracing import Unknown
 
 Draw = Callable[[], torch.Tensor]
 
@@ -39,30 +40,34 @@ untraced: Any = _disable_current_modes
 """True tensors, for a moment."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class KeyBits:
     """What stands for the bits of a key that was an argument, while a step is traced."""
 
-    argument: int
-    folds: tuple[int, ...]
-    draws: "Draws" = dataclasses.field(repr=False, compare=False)
+    of: Callable[[Sequence[Any]], Key]
+    """The key, of the arguments of a call."""
+    draws: "Draws"
 
     def folded(self, data: Any) -> "KeyBits":
         """Of `fold_in(key, data)`."""
-        if type(data) is not int:
+        if isinstance(data, torch.Tensor):
             raise CapabilityError(
-                f"a compiled step folds constants into a key, found {type(data).__name__}. Fold outside of it: pass"
-                " rng=ff.fold_in(key, opt.step) at every call."
+                "a compiled step folds integers and opt.step into a key, found a tensor. Fold outside of it: pass"
+                " rng=ff.fold_in(key, number) at every call."
             )
-        return dataclasses.replace(self, folds=(*self.folds, data))
+        of, number = self.of, data
+        if isinstance(data, Unknown):
+            number_of = cast("Any", data).of
+            return KeyBits(lambda parts: fold_in(of(parts), number_of(parts)), self.draws)
+        return KeyBits(lambda parts: fold_in(of(parts), number), self.draws)
 
     def enter(self) -> None:
         """From now on what is drawn stands under this key, from its beginning."""
-        self.draws.blocks.append(Block(self.argument, self.folds))
+        self.draws.blocks.append(Block(self.of))
 
     def leave(self) -> None:
         """Back to the global generators."""
-        self.draws.blocks.append(Block(None))
+        self.draws.blocks.append(Block())
 
     def __xor__(self, other: int) -> int:
         raise CapabilityError(
@@ -75,15 +80,13 @@ class KeyBits:
 class Block:
     """What is drawn under one key, in order."""
 
-    argument: int | None
-    """Which argument the key is; None: the global generators go on from where they are."""
-    folds: tuple[int, ...] = ()
+    key: Callable[[Sequence[Any]], Key] | None = None
+    """None: the global generators go on from where they are."""
     draws: list[Draw] = dataclasses.field(default_factory=list[Draw])
 
-    def drawn(self, keys: Sequence[Any], device: torch.device) -> Iterator[torch.Tensor]:
-        """The numbers of one call."""
-        key: Any = None if self.argument is None else functools.reduce(fold_in, self.folds, keys[self.argument])
-        with contextlib.nullcontext() if key is None else seeded(key, device):
+    def drawn(self, parts: Sequence[Any], device: torch.device) -> Iterator[torch.Tensor]:
+        """The numbers of the call with these arguments."""
+        with contextlib.nullcontext() if self.key is None else seeded(self.key(parts), device):
             for draw in self.draws:
                 yield draw()
 
@@ -93,7 +96,7 @@ class Draws(TorchDispatchMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.blocks = [Block(None)]
+        self.blocks = [Block()]
         self.generators = [torch.default_generator, *([] if device == CPU else [device_generator(device)])]
         self.known: dict[tuple[bytes, ...], tuple[torch.Tensor, int]] = {}
         """The states of the generators -> what was drawn there, and the seed with which they went on."""
@@ -145,19 +148,23 @@ class Draws(TorchDispatchMode):
         with untraced():
             state = tuple(generator.get_state().numpy().tobytes() for generator in self.generators)
         if state not in self.known:
-            with disable_proxy_modes_tracing():
-                shape = drawn()
-            mode = get_proxy_mode()
-            assert isinstance(mode, ProxyTorchDispatchMode)
-            tracer: Any = mode.tracer
-            proxy = tracer.create_proxy("placeholder", f"draw_{len(self.known)}", (), {})
-            track_tensor_tree(shape, proxy, constant=None, tracer=tracer)
             self.blocks[-1].draws.append(drawn)
-            self.known[state] = (shape, len(self.known) + 1)
+            self.known[state] = (new_input(f"draw_{len(self.known)}", drawn), len(self.known) + 1)
         found, seed = self.known[state]
         for generator in self.generators:
             generator.manual_seed(seed)
         return found
+
+
+def new_input(name: str, example: Draw) -> torch.Tensor:
+    """One more input of the graph that is being traced."""
+    with disable_proxy_modes_tracing():
+        found = example()
+    mode = get_proxy_mode()
+    assert isinstance(mode, ProxyTorchDispatchMode)
+    tracer: Any = mode.tracer
+    track_tensor_tree(found, tracer.create_proxy("placeholder", name, (), {}), constant=None, tracer=tracer)
+    return found
 
 
 def _draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

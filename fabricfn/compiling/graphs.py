@@ -8,7 +8,7 @@ import time
 import traceback
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._inductor
@@ -21,16 +21,19 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.distributed import _functional_collectives
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fabricfn.compiling.arguments import Part, unflatten
 from fabricfn.compiling.describing import described
 from fabricfn.compiling.draws import Block, Draws
+from fabricfn.compiling.hosted import Host, Of
 from fabricfn.compiling.overlaps import Guard
-from fabricfn.compiling.results import Reader, Results
+from fabricfn.compiling.reading import Reader
+from fabricfn.compiling.results import Results
 from fabricfn.compiling.standins import Standins
 from fabricfn.errors import CapabilityError, FabricfnError
+from fabricfn.random import CPU
 from fabricfn.runtimes import Runtime
 
 Backend = str | Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]]
@@ -47,18 +50,29 @@ class Numbers:
     The same memory in every call: making a tensor of a list takes 15 us in the middle of a step.
     """
 
-    __slots__ = ("device", "dtype", "host", "memory")
+    __slots__ = ("count", "hosted", "memory", "place", "views")
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.device = device
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.memory = array("d", [0.0] * count)
-        self.host = torch.frombuffer(self.memory, dtype=torch.float64) if count else torch.empty(0)
+    def __init__(self, count: int, hosted: Sequence[Of], dtype: torch.dtype, device: torch.device) -> None:
+        self.count = count
+        """How many of them come first, as one tensor."""
+        self.hosted = hosted
+        """What makes the others, each a tensor of its own."""
+        self.place = None if device == CPU else (device, dtype)
+        self.memory = array("d", [0.0] * (count + len(hosted)))
+        self.views = self._cut(torch.frombuffer(self.memory, dtype=torch.float64)) if self.memory else []
 
-    def filled(self, numbers: list[float]) -> torch.Tensor:
-        """These numbers, until the next call."""
+    def filled(self, numbers: list[float], parts: Sequence[Part]) -> Sequence[torch.Tensor]:
+        """These numbers and those made of the arguments, until the next call."""
+        if self.hosted:
+            numbers = [*numbers, *[of(parts) for of in self.hosted]]
         self.memory[:] = array("d", numbers)
-        return self.host if self.device.type == "cpu" else self.host.to(self.device, self.dtype)
+        if self.place is None:
+            return self.views
+        return self._cut(torch.frombuffer(self.memory, dtype=torch.float64).to(*self.place))
+
+    def _cut(self, all_: torch.Tensor) -> list[torch.Tensor]:
+        first = [all_[: self.count]] * bool(self.count)
+        return [*first, *all_[self.count :].unbind()]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,9 +108,11 @@ def trace(
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=True)
         tensors = [tensor for part in parts for tensor in part.tensors]
         count = sum(len(part.numbers) for part in parts)
-        passed = Numbers(count, rt.device)
         draws = Draws(rt.device)
-        standins = Standins(rt, draws)
+        wide = torch.float32 if rt.device.type == "mps" else torch.float64
+        usual = torch.float64 if rt.precision.param_dtype is torch.float64 else torch.float32
+        host = Host(draws, usual, wide, rt.device)
+        standins = Standins(rt, host)
         found: list[Results] = []
 
         def flat(*inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -109,17 +125,20 @@ def trace(
                 counts=[len(part.tensors) for part in parts],
                 places={id(tensor): place for place, tensor in enumerate(inputs[: len(tensors)])},
                 numbers=number_places(parts, given, numbers),
+                wide=wide,
             )
             args, kwargs = unflatten(spec, given)
+            refusals: list[Any] = []
+            cast("Any", get_proxy_mode()).tracer.refusals = refusals
             with draws:
-                found.append(reader.read(step_fn(*args, **kwargs)))
+                found.append(reader.read(step_fn(*args, **kwargs), refusals))
                 return [output.detach() for output in reader.outputs]
 
         with fake, torch.autograd.set_multithreading_enabled(False):
             examples = [
                 torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=one.device) for one in tensors
             ]
-            examples += [torch.empty_like(passed.filled([0.0] * count))] * bool(count)
+            examples += [torch.empty(count, dtype=wide, device=rt.device)] * bool(count)
             try:
                 gm = make_fx(flat)(*examples)
             except Exception as error:  # whatever the user's code raises: it is told where
@@ -137,7 +156,7 @@ def trace(
             names=names,
             described=described(names, parts),
             guard=Guard(),
-            numbers=passed,
+            numbers=Numbers(count, host.inputs, wide, rt.device),
             seconds=time.perf_counter() - start,
         )
 
@@ -154,12 +173,10 @@ def number_places(parts: Sequence[Part], given: Sequence[Any], numbers: Sequence
 
 
 def in_order(gm: fx.GraphModule) -> None:
-    """Put inputs that were found on the way before everything else."""
-    nodes = list(gm.graph.nodes)
-    first = next(node for node in nodes if node.op != "placeholder")
-    for node in nodes:
-        if node.op == "placeholder":
-            first.prepend(node)
+    """Put inputs that were found on the way before everything else, and what was drawn behind other inputs."""
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    for node in sorted(gm.graph.find_nodes(op="placeholder"), key=lambda node: node.target.startswith("draw_")):
+        first.prepend(node)
     gm.graph.lint()
     gm.recompile()
 

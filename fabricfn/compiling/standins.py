@@ -1,22 +1,25 @@
 """What a step gets while it is traced: records like the given ones, over tensors that are inputs of a graph."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from fabricfn.building import make_frame
 from fabricfn.compiling.arguments import KnownState, Part
-from fabricfn.compiling.draws import Draws, KeyBits, untraced
+from fabricfn.compiling.draws import KeyBits, untraced
+from fabricfn.compiling.hosted import Host, Hosted, as_inputs
 from fabricfn.compiling.hyperparams import joined
 from fabricfn.copying import copy_onto
 from fabricfn.engine import Engine, Frame
-from fabricfn.errors import CapabilityError
+from fabricfn.optimizers.formulas import Columns, Counts, Hyper
 from fabricfn.optimizers.fused import Fused
+from fabricfn.optimizers.kernels import Kernel
 from fabricfn.random import Key
 from fabricfn.records import Grads, Model, Ref
 from fabricfn.runtimes import Runtime
+from fabricfn.scaling import LossScale, first_scale
 from fabricfn.states import Counter, Optimizer, Plan
 from fabricfn.strategies.recomputing import recompute
 from fabricfn.tree import tree_unflatten
@@ -24,52 +27,12 @@ from fabricfn.tree import tree_unflatten
 Tensors = Iterator[torch.Tensor]
 
 
-class StepCount:
-    """What stands for `opt.step` in a traced step: it can be counted on, and handed out."""
-
-    __slots__ = ("argument", "more")
-
-    def __init__(self, argument: int, more: int = 0) -> None:
-        self.argument = argument
-        self.more = more
-
-    def __add__(self, other: int) -> "StepCount":
-        return StepCount(self.argument, self.more + other) if type(other) is int else self._refuse()
-
-    def _refuse(self, *_: object) -> Any:
-        raise CapabilityError(
-            "opt.step is another number at every call, and a compiled step would keep the first one for ever. Compute"
-            " with it outside and pass the result: step(model, opt, x, y, lr=schedule(opt.step),"
-            " rng=ff.fold_in(key, opt.step)). A float or a key that changes is not traced again."
-        )
-
-    __radd__ = __add__
-    __index__ = __int__ = __float__ = __bool__ = __neg__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
-    # an object's own comparisons return a bool, and it has a hash; these never return
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # pyright: ignore[reportAssignmentType]
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-
-class Counts(Sequence[torch.Tensor]):
-    """The numbers from one that is an input of the graph on, for a `Counter` whose own count begins with 0."""
-
-    def __init__(self, first: torch.Tensor) -> None:
-        self.first = first
-
-    def __len__(self) -> int:
-        return 1 << 62
-
-    def __getitem__(self, more: Any) -> Any:
-        return self.first + more
-
-
 @dataclasses.dataclass(slots=True, eq=False)
 class Standins:
     """Makes them, and knows afterwards what stood for what."""
 
     rt: Runtime
-    draws: Draws
+    host: Host
     engines: dict[int, tuple[Engine, Engine]] = dataclasses.field(default_factory=dict[int, tuple[Engine, Engine]])
     """The id of an engine, given or made here -> (the given one, the one made here)."""
     plans: dict[int, Plan] = dataclasses.field(default_factory=dict[int, Plan])
@@ -80,26 +43,25 @@ class Standins:
         given = part.given
         kind: Any = given.__class__
         if kind is Model:
-            return self._model(given, tensors)
+            return self._model(given, tensors, numbers)
         if kind is Optimizer:
             return self._optimizer(place, part, tensors, numbers)
         if kind is Grads:
-            return self._grads(given, tensors)
+            return self._grads(given, tensors, numbers)
         if kind is Key:
-            return Key(KeyBits(place, (), self.draws))  # pyright: ignore[reportArgumentType]  # no number yet
+            return Key(KeyBits(lambda parts: parts[place].given, self.host.draws))  # pyright: ignore[reportArgumentType]  # no number yet
         if kind is float:
-            # a float32 with a float64 would be a float64, which a Python number never makes of it
-            wide = self.rt.precision.param_dtype is torch.float64
-            return next(numbers).to(torch.float64 if wide else torch.float32)
+            return next(numbers).to(self.host.usual)
         if part.tensors:
             return next(tensors).requires_grad_(given.requires_grad)
         return given
 
-    def _model(self, given: Model, tensors: Tensors) -> Model:
+    def _model(self, given: Model, tensors: Tensors, numbers: Tensors) -> Model:
         return Model(
             params={name: next(tensors) for name in given.params},
             buffers={name: next(tensors) for name in given.buffers},
             training=given.training,
+            loss_scale=self._scale(given.loss_scale, numbers) or self._first_scale(),
             ref=self._ref(given.ref),
         )
 
@@ -112,10 +74,22 @@ class Standins:
             self.engines |= {id(one): pair for one in pair}
         return Ref(self.engines[id(engine)][1], ref.signature)
 
-    def _grads(self, given: Grads, tensors: Tensors) -> Grads:
+    def _scale(self, given: LossScale | None, numbers: Tensors) -> LossScale | None:
+        found: Any = numbers
+        return None if given is None else LossScale(scale=next(found), good_steps=next(found))
+
+    def _first_scale(self) -> LossScale | None:
+        first = first_scale(self.rt.precision.loss_scale)
+        if first is None:
+            return None
+        both: Any = torch.tensor([first.scale, first.good_steps], dtype=torch.float64, device=self.rt.device)
+        return LossScale(scale=both[0], good_steps=both[1])
+
+    def _grads(self, given: Grads, tensors: Tensors, numbers: Tensors) -> Grads:
         params = {name: None if grad is None else next(tensors) for name, grad in given.params.items()}
         buffers = None if given.new_buffers is None else {name: next(tensors) for name in given.new_buffers}
-        return Grads(params=params, new_buffers=buffers, ref=self._ref(given.ref))
+        scale = self._scale(given.loss_scale, numbers)
+        return Grads(params=params, new_buffers=buffers, ref=self._ref(given.ref), loss_scale=scale)
 
     def _optimizer(self, place: int, part: Part, tensors: Tensors, numbers: Tensors) -> Optimizer:
         given: Optimizer = part.given
@@ -126,15 +100,22 @@ class Standins:
             leaves[at] = next(tensors)
         for at in known.counters:
             count = next(numbers)
-            leaves[at] = Counter(0, count.device, (0, Counts(count)))
+            leaves[at] = Counter(0, count.device, (0, Counts(count, (place, at))))
         store, shared = tree_unflatten(known.spec, leaves)
         plan = given.plan
         if type(plan.detail) is Fused:
-            kernel = dataclasses.replace(plan.detail.kernel, step=plan.detail.kernel.formula)
+            kernel = dataclasses.replace(plan.detail.kernel, step=_formula(plan.detail.kernel))
             plan = dataclasses.replace(plan, detail=dataclasses.replace(plan.detail, kernel=kernel))
         self.plans[id(plan)] = given.plan
-        step: Any = StepCount(place)
+        step: Any = Hosted(lambda parts: parts[place].given.step, given.step, self.host)
         return Optimizer(store=store, shared=shared, hyperparams=hyperparams, step=step, plan=plan)
+
+
+def _formula(kernel: Kernel) -> Callable[..., Columns]:
+    def step(hyper: Hyper, *rest: Any) -> Columns:
+        return kernel.formula(as_inputs(dict(hyper)), *rest)
+
+    return step
 
 
 def stand_in(rt: Runtime, engine: Engine) -> Engine:

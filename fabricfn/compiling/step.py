@@ -86,10 +86,9 @@ def compute(rt: Runtime, found: Trace, parts: Sequence[Part], where: Place) -> A
     if results.spent:
         found.guard.check(results.spent, parts, found.names)
     passed = [*inputs]
-    if numbers:
-        passed.append(found.numbers.filled(numbers))
+    passed += found.numbers.filled(numbers, parts)
     for block in found.blocks:
-        passed += block.drawn([part.given for part in parts], rt.device)
+        passed += block.drawn(parts, rt.device)
     try:
         outputs = found.run(*passed)
     except BaseException:
@@ -120,8 +119,8 @@ def compile_step(
 
     Args:
         step_fn: `step_fn(*args, **kwargs) -> results`, built of `value_and_grad`, `accumulate`, `clip_gradients`,
-            `optimizer_step`, `apply`, `map_params` and operations on tensors. All Models, Optimizers and keys that it
-            uses are arguments. Trees of arguments and of results may be any.
+            `optimizer_step`, `apply`, `map_params` and operations on tensors. All Models and Optimizers that it uses
+            are arguments. Trees of arguments and of results may be any.
         backend: what compiles the graph: "inductor"; another of `torch.compile`'s back ends ("aot_eager" and "eager"
             compile nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`.
         options: settings of the back end; for inductor those of `torch._inductor.config`.
@@ -131,8 +130,10 @@ def compile_step(
         A function to be called as `step_fn`, with the attributes `traces` and `seconds`. Every rank gets its own.
 
     Raises:
-        CapabilityError: another strategy, or a precision with a loss scale; (from the compiled step) a step that looks
-            at the numbers of a tensor (the message names the line), an optimizer that has no formula.
+        CapabilityError: another strategy; (from the compiled step) a step that looks at the numbers of a tensor (the
+            message names the line), an optimizer that has no formula.
+        GradientError: (from the compiled step) weights that sum to zero; gradients that are still not finite at the
+            smallest loss scale. What the step gives away is lost then.
         DonatedError: (from the compiled step) an argument was given away.
         ModelError: (from the compiled step) what is given away shares memory with another argument.
 
@@ -157,12 +158,6 @@ def compile_step(
             f"strategy={rt.strategy.name!r} works by hooks or by parts of parameters, which cannot be one graph;"
             f' compile_step serves {" and ".join(map(repr, STRATEGIES))}. Write init_runtime(strategy="functional") for'
             " replicas on several ranks, or leave the step as it is and compile the net:"
-            " ff.setup_model(rt, module, compile=True)."
-        )
-    if rt.precision.loss_scale is not None:
-        raise CapabilityError(
-            "a loss scale looks at the gradients on the host at every step, which a compiled step cannot. Write"
-            ' precision="bf16-mixed", which needs none; or leave the step as it is and compile the net:'
             " ff.setup_model(rt, module, compile=True)."
         )
     return CompiledStep(rt, step_fn, backend, dict(options or {}), limit)

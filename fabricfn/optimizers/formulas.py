@@ -4,6 +4,7 @@ Hyperparameters and counters may be 0-dim tensors here, so that a graph holds no
 that is the number 0 leaves its term out. Halves are computed in float32 and rounded once, as the kernels do.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +15,23 @@ from fabricfn.states import Counter
 
 Columns: TypeAlias = dict[str, Any]
 Hyper: TypeAlias = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Counts(Sequence[Tensor]):
+    """The numbers from one of a graph on, for a `Counter` whose own count begins with 0."""
+
+    first: Tensor
+    origin: tuple[int, int]
+    """The argument that the counter came with, and its place among the leaves there."""
+    chosen: bool = False
+    """Whether a step may have been left out, so that only the graph knows the number."""
+
+    def __len__(self) -> int:
+        return 1 << 62
+
+    def __getitem__(self, more: Any) -> Any:
+        return self.first + more
 
 
 def adam(hyper: Hyper, params: Sequence[Tensor], grads: Sequence[Tensor], columns: Columns) -> Columns:

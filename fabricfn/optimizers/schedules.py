@@ -3,11 +3,12 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from fabricfn.errors import ConfigurationError
+from fabricfn.tracing import Unknown
 
 Rate = float | list[float]
 
@@ -78,7 +79,9 @@ def schedule_from_torch(
     moves = any(group[moving] is not start for group in dummy.param_groups)
     table: list[dict[str, Any]] = [now()]
 
-    def schedule(step: int) -> dict[str, Any]:
+    def schedule(step: Any) -> dict[str, Any]:
+        if isinstance(step, Unknown):
+            return cast("Any", step).then(schedule)
         at = int(step)
         if at < 0:
             raise ConfigurationError(f"a schedule begins with step 0; it was asked for {at}. Write schedule(opt.step).")

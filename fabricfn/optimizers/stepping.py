@@ -13,7 +13,7 @@ from fabricfn.optimizers.fused import in_place
 from fabricfn.optimizers.kernels import clones
 from fabricfn.optimizers.layout import joined, mappings, parts, values_of
 from fabricfn.optimizers.shards import parts_of_grads, parts_of_params
-from fabricfn.optimizers.skipping import judge, stay
+from fabricfn.optimizers.skipping import judge
 from fabricfn.records import Grads, Model, check_fit, handed_on, renewed
 from fabricfn.runtimes import Runtime
 from fabricfn.sharding import with_locals
@@ -97,7 +97,7 @@ def optimizer_step(
     gradients = _gradients(plan, given, found)
     hyperparams = overridden(opt, overrides) if overrides else opt.hyperparams
     verdict = None if rt.precision.loss_scale is None else judge(rt, given, found, gradients, plan.name)
-    advance = plan.advance if verdict is None or verdict.finite else stay
+    advance = plan.advance if verdict is None else verdict.advance(plan)
     whole = params
     if plan.parted:
         params, gradients = parts_of_params(plan, params), parts_of_grads(plan, gradients) if found else []
@@ -115,7 +115,8 @@ def optimizer_step(
         if donate:  # half of the tensors may be changed
             _spend(plan, given, whole, opt, found, where)
         raise
-    buffers = trial.buffers if trial is not None else [None if advance is stay else one.new_buffers for one in found]
+    buffers = trial.buffers if trial is not None else [one.new_buffers for one in found]
+    buffers = buffers if verdict is None else verdict.kept(given, buffers)
     if donate:
         touched = _touched(plan, whole)
         made = [handed_on(*three) for three in zip(given, buffers, repeat(where), touched, strict=False)]
