@@ -66,9 +66,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lowbits(session: nox.Session) -> None:
-    """Training in 8 bits and fewer by torchao and bitsandbytes, which it installs; a minute. Not part of the round."""
+    """Training and state in 8 bits and fewer by torchao and bitsandbytes, which it installs; minutes. Not part of the round."""
     python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[fp8,bitsandbytes]")
-    python(session, "-m", "pytest", "tests/test_low_precision.py", *session.posargs)
+    python(session, "-m", "pytest", "tests/test_low_precision.py", "tests/test_low_bit_state.py", *session.posargs)
 
 
 @nox.session(venv_backend="venv", reuse_venv=True)

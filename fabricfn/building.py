@@ -128,7 +128,8 @@ def build(
         values = {name: slot.data for name, slot in zip(first.names, first.slots, strict=True)}
     else:
         first = grow(False)
-        values = cut(world, net, template, dict(zip(first.names, first.slots, strict=True)), shard, place, tape)
+        slots = dict(zip(first.names, first.slots, strict=True))
+        values = cut(world, net, template, slots, shard, place, tape, donate=donate and tape is None)
         for buffer, value in zip(first.net.buffers(), template.buffers(), strict=True):
             buffer.copy_(value)
     take_first(world, list(buffers_of(first).values()))

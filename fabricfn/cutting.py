@@ -24,9 +24,7 @@ Put = Callable[[torch.Tensor], torch.Tensor]
 
 def take_first(world: World, tensors: Sequence[torch.Tensor]) -> None:
     """Give every rank the values of rank 0, in place. Every rank must call it."""
-    if world.group is not None:
-        for tensor, value in zip(tensors, flat.broadcast(tensors, 0, world.group), strict=True):
-            tensor.copy_(value)
+    flat.spread(tensors, 0, world.group)
 
 
 def without_values(module: nn.Module, place: Put) -> nn.Module:
@@ -50,10 +48,13 @@ def cut(
     shard: Shard,
     place: Put,
     tape: Tape | None = None,
+    *,
+    donate: bool,
 ) -> dict[str, torch.Tensor]:
     """The part of this rank of each parameter of `module`, with the values of rank 0. Every rank must call it.
 
-    Buffers without values get them in `template`. The `tape` has the values of what a factory made without memory.
+    Buffers without values get them in `template`. The `tape` has the values of what a factory made without memory. With
+    `donate`, `module` loses each whole parameter as soon as it is cut, so that two models never stand side by side.
     """
     values: dict[str, torch.Tensor] = {}
     for prefix, part in named_modules(module):
@@ -71,7 +72,10 @@ def cut(
                 template.get_submodule(prefix).get_buffer(name).copy_(source.get_buffer(name))
         wholes = {start + name: place(source.get_parameter(name).detach()).contiguous() for name in own}
         take_first(world, list(wholes.values()))
-        values.update({name: shard(whole, slots[name]) for name, whole in wholes.items()})
+        for name, slot in own.items():
+            values[start + name] = shard(wholes.pop(start + name), slots[start + name])
+            if donate:
+                slot.data = slot.data.new_empty(0)
     return {name: values[name] for name in slots}
 
 

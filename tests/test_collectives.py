@@ -259,6 +259,11 @@ def flat_functions(rt):
     assert [mean.flatten().tolist() for mean in means] == [[0.5] * 6, [0.5], []]
     assert [t.flatten().tolist() for t in flat.broadcast(tensors, 1, group)] == [[1.0] * 6, [1], []]
     assert tensors[0][0, 0] == rt.rank
+    wide = torch.full((600, 500), float(rt.rank))
+    taken = [*tensors, wide, torch.full_like(wide, rt.rank + 2).t(), torch.full((600, 1000), rt.rank)[:, ::2]]
+    flat.spread(taken, 1, group)
+    assert [t.unique().tolist() for t in taken] == [[1], [1], [], [1], [3], [1]]
+    assert tensors[0][0, 0] == 1 and wide[0, 0] == 1
     assert flat.all_reduce_mean([], group) == []
     # a change in place of one result is none of the others
     first, _, _ = means

@@ -15,6 +15,7 @@ from fabricfn.flat.moving import (
     scatter as scatter,
     send as send,
     share as share,
+    spread as spread,
 )
 from fabricfn.flat.pairwise import (
     Stack as Stack,

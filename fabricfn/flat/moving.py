@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -95,6 +95,25 @@ def broadcast(tensors: Tensors, src: int, group: Group) -> list[torch.Tensor]:
             work.wait()
         split(buffer, [tensors[place].shape for place in places], places, results)
     return complete(results)
+
+
+@torch.no_grad()
+def spread(tensors: Tensors, src: int, group: Group) -> None:
+    """The tensors become those of rank `src` of the group, in place.
+
+    Large ones travel as they lie in memory; of the small ones there is a copy, one buffer at a time.
+    """
+    for places in plan(tensors) if group is not None else ():
+        some = [tensors[place].detach() for place in places]
+        alone = len(some) == 1 and some[0].is_contiguous()
+        buffer = some[0].view(-1) if alone else join(some)
+        if buffer.device.type == "xla":
+            alone, (buffer,) = False, broadcast([buffer], src, group)
+        elif (work := broadcast_in_place(buffer, src, group)) is not None:
+            work.wait()
+        if not alone:
+            pieces = cast("tuple[torch.Tensor, ...]", buffer.split([tensor.numel() for tensor in some]))
+            _copy_all(some, [piece.view(tensor.shape) for piece, tensor in zip(pieces, some, strict=True)])
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ Others could run on the DTensors themselves, but not safely (torch 2.13): `.item
 without an error, Adafactor raises in its row norms, Muon where a part is uneven. They are refused.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,16 +52,21 @@ _WHOLE: tuple[tuple[type, str], ...] = (
 )
 """What no promise can change."""
 
+_IN_BLOCKS = re.compile("4bit|8bit|Fp8")
+"""The names of optimizers, torchao's and bitsandbytes', whose state is packed: numbers of a block share a scale."""
+
 
 def check_elementwise(optimizer: Any, *, promised: bool) -> None:
     """Raise `CapabilityError` unless an optimizer works number by number, by what is known or promised."""
     kind: Any = optimizer if isinstance(optimizer, type) else type(optimizer)
-    for known, need in _WHOLE:
-        if issubclass(kind, known):
-            raise CapabilityError(
-                f"{kind.__name__} cannot work where parameters, or its own state, are sharded: it needs {need}. Use a"
-                ' strategy that keeps whole tensors, strategy="ddp", or another optimizer: torch.optim.AdamW.'
-            )
+    needs = [need for known, need in _WHOLE if issubclass(kind, known)]
+    if _IN_BLOCKS.search(kind.__name__):
+        needs = ["whole blocks of numbers, which share a scale"]
+    for need in needs:
+        raise CapabilityError(
+            f"{kind.__name__} cannot work where parameters, or its own state, are sharded: it needs {need}. Use a"
+            ' strategy that keeps whole tensors, strategy="ddp", or another optimizer: torch.optim.AdamW.'
+        )
     hooked = any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
     if promised or (kind in NUMBER_BY_NUMBER and not hooked):
         return

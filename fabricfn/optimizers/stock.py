@@ -1,11 +1,13 @@
 """Any `torch.optim` class, a user's own included: its state is handed over by reference for one step and read back.
 
 [Note: rows] The state is one dict per parameter, position by position, as the class itself keeps it. What belongs to no
-parameter is `shared`: the history of LBFGS, and attributes that a class of the user's own keeps on itself.
+parameter is `shared`: the history of LBFGS, and attributes that a class of the user's own keeps on itself. State in
+tensors of a class of its own is kept in parts ([Note: packed]).
 """
 
 import collections
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fabricfn.errors import ConfigurationError, GradientError
+from fabricfn.optimizers import packed
 from fabricfn.optimizers.layout import is_tensor, mirrored, rows_of
 from fabricfn.optimizers.shards import shown
 from fabricfn.states import Optimizer, Plan, addresses
@@ -41,6 +44,8 @@ class Stock:
     """Its state belongs to all parameters together; the class keeps it under the first one (LBFGS)."""
     needs_closure: bool
     """Whether `step` cannot be called without a closure."""
+    tensors: frozenset[str]
+    """The hyperparameters that a class of the user's own keeps as tensors, and wants as such."""
 
 
 def taken_apart(
@@ -72,9 +77,10 @@ def taken_apart(
         aliases=aliases,
         joint=issubclass(cls, torch.optim.LBFGS),
         needs_closure=closure is not None and closure.default is inspect.Parameter.empty,
+        tensors=frozenset(k for g in instance.param_groups for k, v in g.items() if own and is_tensor(v)),
     )
     by_position = {positions[id(key)]: row for key, row in state.items() if id(key) in positions}
-    rows: list[Row] = [_copied(by_position.get(i, {})) for group in groups for i in group]
+    rows: list[Row] = [_copied(packed.apart(by_position.get(i, {}))) for group in groups for i in group]
     shared: Row = {_prefix(detail) + key: _copied(attributes[key]) for key in kept}
     shared |= {f"state.{key}": _copied(row) for key, row in state.items() if isinstance(key, str)}
     if detail.joint:
@@ -146,6 +152,8 @@ def advance(
     rows, shared = (_containers if donate else _copied)((opt.store, dict(opt.shared)))
     if detail.joint:
         rows[0] = {key: shared.pop(key) for key in [*shared] if not key.startswith(("self.", "state."))}
+    if detail.tensors:
+        hyperparams = [_as_kept(detail, hyper) for hyper in hyperparams]
     instance = _put_together(plan, detail, params, used, rows, shared, hyperparams)
     copying = (detail.own or _hooked(instance)) and not (donate and evaluate is None)
 
@@ -184,6 +192,11 @@ def _set(params: Sequence[Tensor], grads: Sequence[Tensor | None], plan: Plan) -
             raise GradientError(f"{plan.name}: a gradient does not fit its parameter: {error}") from None
 
 
+def _as_kept(detail: Stock, hyper: Hyper) -> Hyper:
+    """The hyperparameters with tensors where the class wants some: an override may be a number."""
+    return {k: torch.tensor(v) if k in detail.tensors and type(v) in (int, float) else v for k, v in hyper.items()}
+
+
 def _put_together(
     plan: Plan,
     detail: Stock,
@@ -198,14 +211,29 @@ def _put_together(
     attributes = {key.removeprefix("self."): value for key, value in shared.items() if not key.startswith("state.")}
     aliases = {key: [params[i] for i in index] for key, index in detail.aliases.items()}
     vars(instance).update(detail.attributes, **attributes, **aliases)
-    state: dict[Any, Any] = collections.defaultdict(dict)
-    state |= {param: row for param, row in zip(used, rows, strict=True) if row}
-    state |= {key.removeprefix("state."): value for key, value in shared.items() if key.startswith("state.")}
-    instance.state = state  # pyright: ignore[reportAttributeAccessIssue]
     instance.param_groups = [
         {"params": [params[i] for i in group], **hyper} for group, hyper in zip(plan.groups, hyperparams, strict=True)
     ]
+    state: dict[Any, Any] = collections.defaultdict(dict)
+    state |= {param: row for param, row in zip(used, rows, strict=True) if row}
+    for group in instance.param_groups if detail.own else ():
+        for param in state.keys() & {*group["params"]}:
+            state[param] = packed.together(state[param], functools.partial(_first_row, instance, group, param))
+    state |= {key.removeprefix("state."): value for key, value in shared.items() if key.startswith("state.")}
+    instance.state = state  # pyright: ignore[reportAttributeAccessIssue]
     return instance
+
+
+def _first_row(instance: torch.optim.Optimizer, group: Row, param: Tensor) -> Row:
+    """What the class keeps for a parameter, by a step of a copy that goes nowhere: its gradient is zero."""
+    twin = param.detach().clone()
+    twin.grad = torch.zeros_like(twin)
+    trial: torch.optim.Optimizer = object.__new__(type(instance))
+    hooks: Row = {"_optimizer_step_pre_hooks": {}, "_optimizer_step_post_hooks": {}}
+    state = collections.defaultdict[Tensor, Row](dict)
+    vars(trial).update(vars(instance), **hooks, state=state, param_groups=[{**group, "params": [twin]}])
+    trial.step()
+    return state[twin]
 
 
 def _read_back(
@@ -214,6 +242,8 @@ def _read_back(
     """What the step left: rows, shared, and hyperparameters (some optimizers keep state among them)."""
     state: Any = instance.state
     rows: list[Row] = [state.get(param, {}) for param in used]
+    if detail.own:
+        rows = [packed.apart(row) for row in rows]
     prefix, places = _prefix(detail), {*addresses(used)}
     shared: Row = {}
     for key, value in vars(instance).items() if detail.own else ():
@@ -235,7 +265,7 @@ def _read_back(
 def read(plan: Plan, store: Sequence[Row]) -> Any:
     """The state as name -> {slot: value}."""
     positions = [i for group in plan.groups for i in group]
-    return mirrored(plan, {i: dict(row) for i, row in zip(positions, store, strict=True)})
+    return mirrored(plan, {i: packed.shown(row) for i, row in zip(positions, store, strict=True)})
 
 
 def dressed(plan: Plan, store: Sequence[Row]) -> list[Row]:
@@ -251,4 +281,5 @@ def dressed(plan: Plan, store: Sequence[Row]) -> list[Row]:
 def write(like: Optimizer, state: Any) -> list[Row]:
     """The inverse of `read`."""
     rows = rows_of(like, state)
-    return [rows[i] for group in like.plan.groups for i in group]
+    positions = [i for group in like.plan.groups for i in group]
+    return [packed.hidden(rows[i], old) for i, old in zip(positions, like.store, strict=True)]

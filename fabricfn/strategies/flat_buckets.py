@@ -210,14 +210,14 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
     found: list[list[torch.Tensor | None]] = []
     for frame in frames:
         means: list[torch.Tensor | None] = [None] * len(frame.slots)
+        for slot in frame.slots:  # what was sent is a copy
+            slot.grad = None
         for bucket in () if frame.handle is None else frame.handle.buckets:
             buffer = finished(bucket)
             divide(buffer, world.group, "mean", early=False)
             shapes = [slot.shape for slot in bucket.slots]
             split(buffer.to(bucket.slots[0].dtype), shapes, bucket.places, means)
         found.append([mean if next(flags) else None for mean in means])
-        for slot in frame.slots:
-            slot.grad = None
         reset(frame)
     return found
 

@@ -80,9 +80,9 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
             if leaf.requires_grad:
                 inputs += (leaf, slot)
                 sums += ((values, index),) * 2
-    found = cast("tuple[torch.Tensor | None, ...]", torch.autograd.grad(loss, inputs, allow_unused=True))
-    for (values, index), new in zip(sums, found, strict=True):
-        old = values.sums[index]
+    found = cast("list[torch.Tensor | None]", [*torch.autograd.grad(loss, inputs, allow_unused=True)])
+    for at, (values, index) in enumerate(sums):
+        old, new, found[at] = values.sums[index], found[at], None  # let go of, once it is copied
         if new is not None:  # a copy of its own: autograd hands the same tensor to both terms of a sum
             values.sums[index] = new.clone() if old is None else old + new
     if share != 1:

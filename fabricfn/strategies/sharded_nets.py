@@ -19,7 +19,7 @@ from fabricfn.strategies import fsdp_options
 from fabricfn.strategies.fsdp_options import Cutting
 from fabricfn.strategies.shards import Shards
 from fabricfn.strategies.tensor_modules import give_memory, leave
-from fabricfn.strategies.torch_fsdp import gather_ahead, shard_slots
+from fabricfn.strategies.torch_fsdp import empty, gather_ahead, shard_slots
 from fabricfn.strategies.units import plan
 from fabricfn.world import World
 
@@ -117,6 +117,7 @@ def tied(box: Any, units: tuple[str, ...], device: torch.device, home: torch.dev
         gather_ahead(box)
     check_dtypes(box)
     params = shard_slots(box)
+    empty(params.values())
     shards = Shards(box, units, [params.get(id(slot)) for slot in box.parameters()])
     for index, slot in enumerate(box.parameters()):
         setattr(slot, REACHED, functools.partial(shards.used.add, index))

@@ -5,7 +5,7 @@ make it look at a record's shard, both are pointed there; nothing is copied unle
 `tests/test_fsdp.py` pins every name that is used here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,12 @@ def check_version() -> None:
 def shard_slots(box: nn.Module) -> dict[int, Any]:
     """FSDP's own record of each parameter, by the id of the sharded Parameter."""
     return {id(one.sharded_param): one for group in _groups(box) for one in group.fsdp_params}
+
+
+def empty(params: Iterable[Any]) -> None:
+    """Take the memory of their own away from shards: `point` lends them that of values before anybody looks."""
+    for param in params:
+        param._sharded_param_data.untyped_storage().resize_(0)
 
 
 def gather_ahead(box: Any) -> None:
