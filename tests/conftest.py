@@ -38,3 +38,9 @@ def one_rank(group):
         return ff.Runtime(world=world, precision=ff.Precision.parse(precision), strategy=strategy)
 
     return make
+
+
+@pytest.fixture(params=ff.strategies.NAMES)
+def rt(request, one_rank):
+    """Such a runtime of each strategy."""
+    return one_rank(request.param)

@@ -14,11 +14,6 @@ import fabricfn as ff
 from fabricfn.sharding import whole
 
 
-@pytest.fixture(params=ff.strategies.NAMES)
-def rt(request, one_rank):
-    return one_rank(request.param)
-
-
 def net(width=4, depth=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     module = nn.Sequential(*[nn.Linear(width, width) for _ in range(depth)]).double()

@@ -295,7 +295,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# functional refuses reentrant checkpoints by a CapabilityError, whatever the key: tests/test_gradients.py.
+# functional refuses reentrant checkpoints by a CapabilityError, whatever the key: tests/test_hard_losses.py.
 CHECKPOINTS = [
     *(("single", "reentrant"), ("single", "not"), ("ddp", "reentrant"), ("ddp", "not")),
     ("functional", "not"),
