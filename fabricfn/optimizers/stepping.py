@@ -141,12 +141,12 @@ def _params(plan: Plan, models: Sequence[Model]) -> list[Tensor]:
     out: list[Tensor] = []
     for model, names in zip(models, plan.names, strict=True):
         lease = model.lease
-        if lease.spent is not None or not lease.frames:  # the values of a bound model cannot have changed unnoticed
+        unknown = lease.spent is not None or not lease.frames  # a bound model's values cannot have changed unnoticed
+        if unknown:
             lease.check("Model")
-            out += values_of(model.params, names, Model)
+        out += values_of(model.params, names, Model)
+        if unknown:
             _check_shapes(plan, out, len(out) - len(names), names)
-        else:
-            out += values_of(model.params, names, Model)
     return out
 
 
