@@ -66,7 +66,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lowbits(session: nox.Session) -> None:
-    """Training and state in 8 bits and fewer by torchao and bitsandbytes, which it installs; minutes. Not in the round."""
+    """Training and state in 8 bits and fewer by torchao and bitsandbytes, which it installs. Not in the round."""
     python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[fp8,bitsandbytes]")
     python(session, "-m", "pytest", "tests/test_low_precision.py", "tests/test_low_bit_state.py", *session.posargs)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fabricfn.collectives import all_reduce
 from fabricfn.errors import ConfigurationError
-from fabricfn.optimizers.stepping import overridden
+from fabricfn.optimizers.overrides import overridden
 from fabricfn.runtimes import Runtime
 from fabricfn.states import Optimizer
 

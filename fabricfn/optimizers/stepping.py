@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress, repeat
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from fabricfn.leases import NOWHERE, Place, bump, caller, unbind
 from fabricfn.optimizers.fused import in_place
 from fabricfn.optimizers.kernels import clones
 from fabricfn.optimizers.layout import joined, mappings, parts, values_of
+from fabricfn.optimizers.overrides import overridden
 from fabricfn.optimizers.shards import parts_of_grads, parts_of_params
 from fabricfn.optimizers.skipping import judge
 from fabricfn.records import Grads, Model, check_fit, handed_on, renewed
@@ -188,39 +188,6 @@ def _touched(plan: Plan, params: Sequence[Tensor]) -> list[list[Tensor] | None]:
         out.append([param for param, moves in zip(params[span], plan.moving[span], strict=True) if moves])
         start += len(names)
     return out
-
-
-def overridden(opt: Optimizer, overrides: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """The hyperparameters of one step."""
-    if not opt.hyperparams:
-        return (overrides,)
-    known = opt.hyperparams[0]
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise ConfigurationError(
-            f"{opt.plan.name} has no hyperparameter {', '.join(unknown)}; there are: {', '.join(known)}"
-        )
-    count = len(opt.hyperparams)
-    for name, value in overrides.items():
-        if type(value) is list and len(value) != count:  # pyright: ignore[reportUnknownArgumentType]
-            raise ConfigurationError(
-                f"{name}={value} has {len(value)} values; the optimizer has {count} groups"  # pyright: ignore[reportUnknownArgumentType]
-            )
-    out: list[Mapping[str, Any]] = []
-    for i, group in enumerate(opt.hyperparams):
-        own: dict[str, Any] = {key: value[i] if type(value) is list else value for key, value in overrides.items()}
-        for name in _SETTLED & own.keys():
-            if own[name] and not group[name]:
-                raise ConfigurationError(
-                    f"{name} needs state from the first step on and cannot begin with an override; it must be given to"
-                    f" setup_optimizer: setup_optimizer(rt, models, {opt.plan.name}, {name}={own[name]})."
-                )
-        out.append(MappingProxyType({**group, **own}))
-    return tuple(out)
-
-
-_SETTLED = frozenset({"amsgrad", "centered"})
-"""The hyperparameters of torch's classes that decide which state there is."""
 
 
 class _Trial:
