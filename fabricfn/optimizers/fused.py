@@ -74,7 +74,7 @@ def advance(
     watched = opt.lease.values is not None and not opt.lease.apart
     store: list[Columns] = []
     # nothing here requires grad, unless a user gave the gradients a graph: then nothing may be recorded
-    with torch.no_grad() if any(map(_requires_grad, grads)) else _NOTHING:
+    with torch.no_grad() if any(map(getattr, grads, repeat("requires_grad"), repeat(False))) else _NOTHING:
         for bucket, old in zip(detail.buckets, opt.store, strict=True):
             values, found = params, grads
             if not bucket.whole:
@@ -92,10 +92,6 @@ def in_place(old: Optimizer, new: Optimizer) -> bool:
         after.keys() == before.keys() and all(before[slot] is after[slot] for slot in before if slot != "step")
         for before, after in zip(old.store, new.store, strict=True)
     )
-
-
-def _requires_grad(grad: Tensor | None) -> bool:
-    return grad is not None and grad.requires_grad
 
 
 def _fits(bucket: Bucket, params: Sequence[Tensor], grads: Sequence[Any]) -> bool:

@@ -224,9 +224,11 @@ class _Trial:
 
 def _refuse_shared(plan: Plan, models: Sequence[Model], params: Sequence[Tensor]) -> None:
     """Raise `ModelError` if two parameters that move have one memory; frozen ones may be shared."""
+    if len(models) == 1 and models[0].lease.apart:  # any other record over its memory is found out by the versions
+        return
     if len({id(model.lease) for model in models}) < len(models):
         raise ModelError("the same Model stands twice in this tree; with donate=True it would be updated twice.")
-    if all(model.lease.apart for model in models):  # any other record over their memory is found out by the versions
+    if all(model.lease.apart for model in models):
         return
     moving = repeat(True) if plan.moving is None else plan.moving
     names = (name for names in plan.names for name in names)
