@@ -19,6 +19,7 @@ pytest.register_assert_rewrite(
     "tests.layouts",
     "tests.optimizers",
     "tests.oracle",
+    "tests.scales",
     "tests.stores",
     "tests.torch_files",
 )
