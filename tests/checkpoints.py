@@ -1,8 +1,9 @@
-"""What the tests of checkpoints share: equality to the bit, and something trained to save."""
+"""What the tests of checkpoints share: equality to the bit, something trained to save, a folder's bytes, damage."""
 
 import dataclasses
 import struct
 import types
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fabricfn as ff
+
+RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 
 
 def bits(value):
@@ -55,3 +58,26 @@ def trained(rt, optimizer=torch.optim.AdamW, steps=2, state=None, donate=False, 
         _, grads = grad_fn(model, data[:, :3], data[:, 3:])
         model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
     return model, opt
+
+
+def folder_of(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(Path(path).rglob("*")) if p.is_file()}
+
+
+def common(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "tensors": [torch.randn(size, 3, generator=generator) for size in (7, 1, 0, 50, 9)],
+        "ints": torch.arange(5),
+        "epoch": seed,
+    }
+
+
+def save_common(rt, path, seed):
+    return ff.save(rt, path, common(seed))
+
+
+def damage(path, position, mask=1):
+    data = bytearray(Path(path).read_bytes())
+    data[position] ^= mask
+    Path(path).write_bytes(data)

@@ -13,7 +13,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Their assertions tell the values, as those of the tests do.
-pytest.register_assert_rewrite("tests.forks", "tests.layouts", "tests.optimizers", "tests.oracle", "tests.stores")
+pytest.register_assert_rewrite(
+    "tests.dtensors",
+    "tests.forks",
+    "tests.layouts",
+    "tests.optimizers",
+    "tests.oracle",
+    "tests.scales",
+    "tests.stores",
+    "tests.torch_files",
+)
 
 torch.set_num_threads(1)  # tests fork, and a child of a process that has OpenMP's threads waits for them for ever
 
