@@ -65,6 +65,12 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def compiling(session: nox.Session) -> None:
+    """Compiled steps by inductor: 40 layers, two ranks, a second run; two minutes. Not part of the round."""
+    python(session, "-m", "pytest", "tests/inductor.py", *session.posargs)
+
+
+@nox.session
 def lowbits(session: nox.Session) -> None:
     """Training and state in 8 bits and fewer by torchao and bitsandbytes, which it installs. Not in the round."""
     python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[fp8,bitsandbytes]")
