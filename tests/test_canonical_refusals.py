@@ -11,7 +11,6 @@ from tests.canonical import ROWS, batch, mean_square, mine, same, seeded, small,
 from tests.worlds import world_of
 
 ranks = world_of("threads", 4)
-real = world_of("processes", 4)
 
 
 # Buffers
@@ -89,44 +88,12 @@ def refused(rt, run, sizes):
 # Refusals: each rank raises, and nothing hangs
 
 
-def uneven(rt, counts):
-    model = ff.setup_model(rt, small())
-    grad_fn = ff.accumulate(rt, sums, weighted=True, reduce="canonical")
-    with pytest.raises(ff.ConfigurationError, match=rf"by rank there are \[{counts[0]}, {counts[1]}\]") as caught:
-        grad_fn(model, [batch()] * counts[rt.rank], rng=ff.key(0))
-    if min(counts):
-        assert 'tail="drop"' in str(caught.value) and "into a number that 2 divides" in str(caught.value)
-    return f"rank {rt.rank}" in str(caught.value)
-
-
-@pytest.mark.parametrize("counts", [(2, 0), (3, 4), (1, 70)])
-def test_uneven_numbers_of_micro_batches_are_an_error_on_every_rank(ranks, real, counts):
-    for strategy in ("ddp", "functional"):
-        assert ranks.run(uneven, counts, world_size=2, precision=64, strategy=strategy) == [True, True]
-    assert real.run(uneven, counts, world_size=2, precision=64) == [True, True]
-
-
 def test_no_micro_batch_at_all_is_an_error(ranks):
     def run(rt):
         ff.accumulate(rt, sums, weighted=True, reduce="canonical")(ff.setup_model(rt, small()), [])
 
     with pytest.raises(ff.ConfigurationError, match="every rank needs at least one"):
         ranks.run(run, world_size=1, precision=64)
-
-
-def other_threads(rt):
-    torch.set_num_threads(1 + rt.rank)
-    try:
-        with pytest.raises(ff.ConfigurationError, match=r"threads, by rank \[1, 2\] .*torch.set_num_threads\(1\)"):
-            ff.accumulate(rt, mean_square, reduce="canonical")(ff.setup_model(rt, small()), [batch()])
-    finally:
-        torch.set_num_threads(1)
-    return True
-
-
-def test_ranks_with_different_numbers_of_threads_are_refused(real):
-    """Inside of an operation, torch adds up in another order then."""
-    assert real.run(other_threads, world_size=2, precision=64) == [True, True]
 
 
 def unused_somewhere(rt):

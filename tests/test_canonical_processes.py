@@ -1,20 +1,25 @@
-"""reduce="canonical" in training: a small GPT with dropout, in processes."""
+"""reduce="canonical" in processes: a small GPT trains to the same bits, and what differs between ranks is refused."""
 
 import hashlib
 import itertools
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fabricfn as ff
-from tests.canonical import bits_of, mine, same, seeded
+from tests.canonical import batch, bits_of, mean_square, mine, same, seeded, small, sums
 from tests.worlds import world_of
 
+ranks = world_of("threads", 4)
 real = world_of("processes", 4)
+
+
+# Training: a small GPT with dropout, in processes
 
 
 class Block(nn.Module):
@@ -126,3 +131,38 @@ def test_the_default_reduction_trains_other_bits(real):
     """So the sha256 above can fail."""
     found = {real.run(train, "mean", 10, world_size=size)[0][0] for size in (1, 4)}
     assert len(found) == 2
+
+
+# Refusals: each rank raises, and nothing hangs
+
+
+def uneven(rt, counts):
+    model = ff.setup_model(rt, small())
+    grad_fn = ff.accumulate(rt, sums, weighted=True, reduce="canonical")
+    with pytest.raises(ff.ConfigurationError, match=rf"by rank there are \[{counts[0]}, {counts[1]}\]") as caught:
+        grad_fn(model, [batch()] * counts[rt.rank], rng=ff.key(0))
+    if min(counts):
+        assert 'tail="drop"' in str(caught.value) and "into a number that 2 divides" in str(caught.value)
+    return f"rank {rt.rank}" in str(caught.value)
+
+
+@pytest.mark.parametrize("counts", [(2, 0), (3, 4), (1, 70)])
+def test_uneven_numbers_of_micro_batches_are_an_error_on_every_rank(ranks, real, counts):
+    for strategy in ("ddp", "functional"):
+        assert ranks.run(uneven, counts, world_size=2, precision=64, strategy=strategy) == [True, True]
+    assert real.run(uneven, counts, world_size=2, precision=64) == [True, True]
+
+
+def other_threads(rt):
+    torch.set_num_threads(1 + rt.rank)
+    try:
+        with pytest.raises(ff.ConfigurationError, match=r"threads, by rank \[1, 2\] .*torch.set_num_threads\(1\)"):
+            ff.accumulate(rt, mean_square, reduce="canonical")(ff.setup_model(rt, small()), [batch()])
+    finally:
+        torch.set_num_threads(1)
+    return True
+
+
+def test_ranks_with_different_numbers_of_threads_are_refused(real):
+    """Inside of an operation, torch adds up in another order then."""
+    assert real.run(other_threads, world_size=2, precision=64) == [True, True]
