@@ -1,22 +1,15 @@
-"""What is allocated while models are set up and trained, in bytes.
-
-Counted by torch's profiler, which hears of every allocation of this thread from the allocator itself: also of what an
-operation needs for itself and drops, of what C++ alone makes (gradients, FSDP's buffers), and of when memory is let go.
-A dispatch mode would see results of operations only, and the process's own size is rounded, shared and late.
-"""
+"""What is allocated while models are set up and trained, in bytes."""
 
 import functools
-import gc
-import itertools
 
 import pytest
 import torch
 from torch import nn
-from torch.autograd.profiler import profile
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import fabricfn as ff
+from tests.allocations import allocations, made, peak
 from tests.worlds import world_of
 
 processes = world_of("processes", 2)
@@ -48,22 +41,6 @@ def built():
 
 def mean_square(net, x):
     return net(x).square().mean()
-
-
-def allocations(fn):
-    """(result, the bytes of each allocation, those of what was let go being negative)."""
-    gc.disable()  # what waits for the collector counts as held
-    try:
-        with profile(profile_memory=True) as profiler:
-            result = fn()
-    finally:
-        gc.enable()
-    found = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    return result, [event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())]
-
-
-def peak(sizes):
-    return max(itertools.accumulate(sizes), default=0)
 
 
 # Setting up
@@ -149,10 +126,6 @@ def by_hand(rt):
 
     passes()
     return allocations(passes)[1]
-
-
-def made(sizes):
-    return sum(size for size in sizes if size > 0)
 
 
 OPTIMIZERS = (
