@@ -99,7 +99,7 @@ def build(
         net = net if rt.precision.convert is None else rt.precision.convert(net)
     template = net if shard is None else without_values(net, place)
     hooks = add_casts(rt, template)
-    again = planned(template, activation_checkpointing)
+    again = planned(template, activation_checkpointing, rt.device)
 
     def finish(net: nn.Module, frozen: bool) -> Frame:
         # a graph through constants may outlive the call, and would compute again with other values

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.errors import CapabilityError, ConfigurationError
+from fabricfn.strategies.recomputing import planned
 from fabricfn.testing import cases
 from tests.allocations import allocations, peak
 from tests.worlds import world_of
@@ -176,6 +177,12 @@ def test_a_policy_that_means_nothing_is_refused():
     ):
         with pytest.raises(ConfigurationError, match=match):
             ff.setup_model(RT, NET, activation_checkpointing=wrong)
+
+
+def test_xla_is_refused_before_anything_is_computed():
+    assert planned(NET, None, torch.device("xla")) == {}
+    with pytest.raises(CapabilityError, match="does not work on XLA devices: .* Leave it out"):
+        planned(NET, {"offload": Block}, torch.device("xla"))
 
 
 class Fickle(nn.Module):

@@ -37,12 +37,19 @@ _MATMULS = (
 """Of torch.ops.aten: what costs most to compute again. torch takes apart everything else that multiplies matrices."""
 
 
-def planned(net: nn.Module, given: Checkpointing) -> dict[str, Policy]:
+def planned(net: nn.Module, given: Checkpointing, device: torch.device) -> dict[str, Policy]:
     """Name -> policy of the sub-modules that `activation_checkpointing=given` means.
 
     Raises:
+        CapabilityError: the device is one of XLA, where torch cannot compute again with the same random numbers.
         ConfigurationError: there is no such policy; one chooses nothing, what has no forward, or what another has.
     """
+    if device.type == "xla" and given is not None:
+        raise CapabilityError(
+            "activation_checkpointing does not work on XLA devices: torch cannot put their generator back for a second"
+            " pass, and XLA decides by itself what it computes again. Leave it out, or use fewer rows at a time:"
+            " ff.accumulate(rt, loss_fn)."
+        )
     plan: dict[str, Policy] = {}
     policies = cast("Mapping[Policy, Units]", given if isinstance(given, Mapping) else {"recompute": given})
     for policy, modules in policies.items():
