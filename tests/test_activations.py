@@ -1,5 +1,7 @@
 """What sub-modules keep for the backward pass, by policy: the same bits under every strategy, and less memory."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -183,6 +185,37 @@ def test_xla_is_refused_before_anything_is_computed():
     assert planned(NET, None, torch.device("xla")) == {}
     with pytest.raises(CapabilityError, match="does not work on XLA devices: .* Leave it out"):
         planned(NET, {"offload": Block}, torch.device("xla"))
+
+
+class Overwriting(nn.Module):
+    """Changes what autograd has kept: a result, or a parameter."""
+
+    def __init__(self, which):
+        super().__init__()
+        self.scale, self.which = nn.Parameter(torch.ones(3)), which
+
+    def forward(self, x):
+        factor = (x * self.scale).exp()
+        result = factor * self.scale
+        with torch.no_grad():
+            (factor if self.which == "result" else self.scale).mul_(2)
+        return result
+
+
+@pytest.mark.parametrize("which", ["result", "parameter"])
+def test_what_is_overwritten_is_no_wrong_gradient(which):
+    def gradient(policies):
+        model = ff.setup_model(RT, Overwriting(which), activation_checkpointing=policies)
+        return ff.value_and_grad(RT, squares)(model, torch.ones(2, 3))[1].params["scale"]
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(None)
+    if which == "parameter":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient({"offload": Overwriting})
+    else:  # it was copied when it was kept
+        expected = torch.full((3,), 4 / 3 * math.exp(2))  # of the mean of (s exp s)^2 over 3 numbers, where s is 1
+        assert testing.difference(gradient({"offload": Overwriting}), expected, 1e-5) is None
 
 
 class Fickle(nn.Module):
