@@ -164,3 +164,14 @@ def test_a_pure_step_allocates_what_it_returns():
     updating, whole = stepping(RT, donate=False)
     assert 3 * PARAMETERS <= made(updating) == peak(updating) < 3 * PARAMETERS + SMALL
     assert made(whole) >= 4 * PARAMETERS + made(by_hand(RT))
+
+
+def test_gradients_are_scaled_and_limited_in_place():
+    model = ff.setup_model(RT, built(), donate=True)
+    hand = by_hand(RT)
+    weighted = ff.value_and_grad(RT, lambda net, x: (net(x).square().sum(), x.numel()), weighted=True)
+    weighted(model, X)
+    (_, grads), sizes = allocations(functools.partial(weighted, model, X))
+    assert made(sizes) <= made(hand) + SMALL and peak(sizes) <= peak(hand) + SMALL
+    _, sizes = allocations(lambda: ff.clip_gradients(RT, grads, clip_val=1e-3, donate=True))
+    assert made(sizes) <= SMALL
