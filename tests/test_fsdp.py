@@ -423,7 +423,7 @@ def foreign(rt):
     rt = sharded(rt)
     model = ff.setup_model(rt, made())
     whole = dataclasses.replace(model, params=ff.gather_params(rt, model))
-    with pytest.raises(ff.ModelError, match="a whole tensor, but under fsdp every rank holds a shard"):
+    with pytest.raises(ff.ModelError, match="a whole tensor, but here every rank holds a shard"):
         ff.apply(rt, whole, data()[0])
     mixed = nn.Sequential(nn.Linear(5, 5).double(), nn.Linear(5, 3))
     with pytest.raises(ff.CapabilityError, match=r"one dtype, found float32, float64.*strategy=\"ddp\""):

@@ -63,6 +63,21 @@ def exchanged(rows: torch.Tensor, group: Group) -> torch.Tensor:
     return received
 
 
+def gather_in_place(rows: torch.Tensor, group: dist.ProcessGroup) -> dist.Work | None:
+    """Row r of [size, n], filled on rank r, comes to all ranks, once the work has been waited for."""
+    if not rows.numel():
+        return None
+    return _gather_into(as_bytes(rows).view(-1), as_bytes(rows[group.rank()]), group=group, async_op=True)
+
+
+def exchange_into(received: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup) -> dist.Work | None:
+    """Row r of [size, n] goes to rank r, whose `received` has a row from each rank once the work has been waited for."""
+    if not rows.numel():
+        return None
+    exchange: Any = dist.all_to_all_single
+    return exchange(as_bytes(received), as_bytes(rows), group=group, async_op=True)
+
+
 def combine_mine(rows: torch.Tensor, group: Group, op: str) -> torch.Tensor:
     """[size, n] -> [n]: the reduction of row r of all ranks, r being this rank."""
     return COMBINE[op](exchanged(rows, group))

@@ -18,12 +18,14 @@ from fabricfn.strategy import Strategy
 
 if TYPE_CHECKING:
     from fabricfn.strategies.deepspeed_zero import deepspeed as deepspeed
+    from fabricfn.strategies.flat_shards import flat_sharded as flat_sharded
     from fabricfn.strategies.pipeline_parallel import pipeline as pipeline
     from fabricfn.strategies.sharded import fsdp as fsdp
     from fabricfn.strategies.tensor_parallel import model_parallel as model_parallel
 
 _LATE = {
     "fsdp": "fabricfn.strategies.sharded",
+    "flat_sharded": "fabricfn.strategies.flat_shards",
     "deepspeed": "fabricfn.strategies.deepspeed_zero",
     "model_parallel": "fabricfn.strategies.tensor_parallel",
     "pipeline": "fabricfn.strategies.pipeline_parallel",
@@ -37,16 +39,13 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LATE[name]), name)
 
 
-def _fsdp() -> Strategy:
-    return __getattr__("fsdp")()
-
-
 NAMES: dict[str, Callable[[], Strategy]] = {
     "single": single,
     "ddp": ddp,
     "functional": functional,
     "flat": flat,
-    "fsdp": _fsdp,
+    "fsdp": lambda: __getattr__("fsdp")(),
+    "flat_sharded": lambda: __getattr__("flat_sharded")(),
 }
 
 
