@@ -307,6 +307,8 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
     except RuntimeError as error:
         if any(flats.twice for flats in together) and "modified by an inplace operation" in str(error):
             raise second_order() from error
+        if handles and "device meta" in str(error):
+            raise outside(handles[0].units, "flat_sharded") from error
         raise
     for flats in handles:
         for unit in reversed(flats.groups):
