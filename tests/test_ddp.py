@@ -456,7 +456,9 @@ def uneven_counts(rt):
     return torch.stack(drawn)
 
 
-@pytest.mark.parametrize("strategy", [name for name in DISTRIBUTED if not DISTRIBUTED[name]().shard])  # test_fsdp: refused
+@pytest.mark.parametrize(
+    "strategy", [name for name in DISTRIBUTED if not DISTRIBUTED[name]().shard]
+)  # test_fsdp: refused
 def test_ranks_with_other_numbers_of_micro_batches(ranks, strategy):
     drawn = torch.cat(ranks.run(uneven_counts, strategy=DISTRIBUTED[strategy](), precision=64))
     one = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())

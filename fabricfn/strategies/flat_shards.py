@@ -1,11 +1,9 @@
 """Sharded data parallel without torch's `fully_shard`: a unit is one message, and the next one is always on its way.
 
-Hooks gather a unit before its forward and before its part of the backward pass, let it go after both, and send its
-gradients while the backward pass goes on. All of it happens at places of the graph that are the same on every rank.
+Units are gathered before their forward and before their part of the backward pass, let go after both, and their
+gradients leave while the backward pass goes on. What it gains: docs/decisions/0022-flat-sharded.md.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fabricfn.engine import Frame, separate
 from fabricfn.errors import CapabilityError, ConfigurationError
-from fabricfn.flat import anywhere
 from fabricfn.meshes import axes_of
 from fabricfn.precision import Precision
 from fabricfn.sharding import is_sharded
-from fabricfn.strategies.flat_units import Part, Unit, arrived, clear, end, let_go, look, make_unit, need, send, start
+from fabricfn.strategies.flat_hooks import Flats, finish, surround
+from fabricfn.strategies.flat_units import Part, Unit, arrived, clear, let_go, look, make_unit, need, send, start
 from fabricfn.strategies.sharded import mixed_dtypes, refuse_transform, shard
 from fabricfn.strategies.shards import agreed, outside, times
 from fabricfn.strategies.single import backward as run_backward, forward as run_forward, gradients as take
@@ -28,46 +26,8 @@ from fabricfn.strategies.tensor_slots import look_at
 from fabricfn.strategies.torch_fsdp import part_of
 from fabricfn.strategies.units import Units, plan
 from fabricfn.strategy import Strategy, point as point_whole
-from fabricfn.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from fabricfn.tree import tree_leaves, tree_map
 from fabricfn.world import World
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Pass:
-    """One call of a unit's forward."""
-
-    run: object
-    begun: bool = False
-    """Whether the backward pass is in it."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Flats:
-    """The handle of a frame."""
-
-    units: tuple[str, ...]
-    """The names of the sub-modules that are gathered one by one, in the order of the net."""
-    groups: list[Unit]
-    """They, and at the end the rest of the net, which is gathered for the whole loss function."""
-    params: list[Part | None]
-    """What became of each slot; None for a scalar, which every rank holds whole."""
-    reduce_dtype: torch.dtype | None
-    """In which gradients are added up; None is the parameters' own."""
-    frozen: bool
-    sync: bool = True
-    """Whether the backward pass sends gradients."""
-    share: float = 1.0
-    """What the gradients are still to be multiplied by."""
-    run: object = None
-    """The pass under way; hooks of graphs that were kept from others do nothing."""
-    back: bool = False
-    """Whether its backward pass has begun."""
-    twice: bool = False
-    """Whether the loss function ran a backward pass of its own."""
-    passes: list["Pass"] = dataclasses.field(default_factory=list["Pass"])
-    """The calls of units that the forward pass is in."""
-    together: list["Flats"] = dataclasses.field(default_factory=list["Flats"])
-    """The handles of all frames of the run, constants too."""
 
 
 def flat_sharded(*, units: Units = "auto", gather_dtype: torch.dtype | None = None) -> Strategy:
@@ -112,9 +72,7 @@ def flat_sharded(*, units: Units = "auto", gather_dtype: torch.dtype | None = No
     )
 
 
-def tied(
-    net: nn.Module, world: World, names: tuple[str, ...], low: Any, reduce_dtype: Any, *, frozen: bool
-) -> Flats:
+def tied(net: nn.Module, world: World, names: tuple[str, ...], low: Any, reduce_dtype: Any, *, frozen: bool) -> Flats:
     """The handle of a net, which may have no values yet: its parameters cut, hooks around its units."""
     assert world.group is not None
     mesh = DeviceMesh.from_group(world.group, world.device.type, mesh_dim_names=("dp",))
@@ -130,9 +88,7 @@ def tied(
         unit = make_unit(members[name], net, mesh, world.device, low)
         whole |= {id(slot): part for slot, part in zip(members[name], in_order(unit, members[name]), strict=True)}
         if name:
-            module: Any = net.get_submodule(name)
-            module.register_forward_pre_hook(functools.partial(enter, flats, len(flats.groups)), with_kwargs=True)
-            module.register_forward_hook(functools.partial(leave, flats, len(flats.groups)), always_call=True)
+            surround(net.get_submodule(name), flats, len(flats.groups))
         flats.groups.append(unit)
     flats.params = [whole.get(id(slot)) for slot in slots]
     return flats
@@ -157,7 +113,7 @@ def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
             part.slot._local_tensor = part_of(value, name, part.slot.placements, part.local.shape)
     for unit in flats.groups:
         let_go(unit)  # whatever is gathered still is of the old values
-    frame.copied = any([look(unit) for unit in flats.groups])
+    frame.copied = sum(map(look, flats.groups)) > 0
 
 
 def reset(frame: Frame) -> None:
@@ -169,86 +125,6 @@ def reset(frame: Frame) -> None:
             clear(unit)
             for part in unit.parts:
                 part.whole.grad = None
-
-
-def finish(flats: Flats) -> None:
-    """The end of a pass: nothing stays gathered, and the backward pass of its graph fails from now on."""
-    flats.run = None
-    flats.passes.clear()
-    for unit in flats.groups:
-        end(unit)
-
-
-def enter(flats: Flats, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """A hook before the forward of a unit: it is gathered, and the next one begun; its inputs tell when it is done."""
-    unit, made = flats.groups[index], Pass(flats.run)
-    flats.passes.append(made)
-    unit.inside += 1
-    need(unit)
-    if not flats.back and index + 1 < len(flats.units):
-        start(flats.groups[index + 1])
-    if not torch.is_grad_enabled():
-        return None
-    leaves, spec = tree_flatten((args, kwargs))
-    watched: list[torch.Tensor] = []
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            leaves[place] = leaf.view_as(leaf)  # whose node comes after all that this call computes
-            watched.append(leaves[place])
-    if not watched:
-        return None
-    unit.calls += not flats.back
-    done = functools.partial(depart, flats, unit, made)
-    if len(watched) == 1:
-        watched[0].register_hook(done)
-    else:
-        torch.autograd.graph.register_multi_grad_hook(watched, done)
-    return tree_unflatten(spec, leaves)
-
-
-def leave(flats: Flats, index: int, module: nn.Module, args: Any, result: Any) -> None:
-    """A hook after the forward of a unit, failed ones too: it is let go, and gathered again when a gradient comes."""
-    unit, made = flats.groups[index], flats.passes.pop()
-    unit.inside -= 1
-    again = False
-    if torch.is_grad_enabled():
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf:
-                leaf.register_hook(functools.partial(come_back, flats, index, made))
-                again = True
-    last = index + 1 == len(flats.units) and not (flats.back or flats.frozen)
-    if not (unit.inside or unit.active or (again and last)):
-        let_go(unit)
-
-
-def come_back(flats: Flats, index: int, made: Pass, grad: torch.Tensor) -> None:
-    """A hook: the backward pass begins with this call of a unit."""
-    if made.run is not flats.run:
-        return
-    unit = flats.groups[index]
-    if not made.begun:
-        made.begun = True
-        unit.active += 1
-    need(unit)
-    if not flats.back:
-        flats.twice = True
-    elif index:
-        start(flats.groups[index - 1])
-
-
-def depart(flats: Flats, unit: Unit, made: Pass, grad: Any) -> None:
-    """A hook: the backward pass is done with this call of a unit."""
-    if made.run is not flats.run:
-        return
-    if made.begun:
-        made.begun = False
-        unit.active -= 1
-    if not (unit.inside or unit.active):
-        let_go(unit)
-    if flats.back:
-        unit.calls -= 1
-        if flats.sync and unit.calls <= 0 and unit.leaving is None:
-            send(unit, flats.reduce_dtype)
 
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
@@ -269,7 +145,7 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
     except RuntimeError as error:
         if handles and "mixed dtype (CPU)" in str(error):
             raise mixed_dtypes("flat_sharded") from error
-        if handles and any(word in str(error) for word in ("DTensor", "differentiated")):
+        if handles and any(word in str(error) for word in ("DTensor", "differentiated", "not allocated")):
             raise outside(handles[0].units, "flat_sharded") from error
         raise
     result = outliving(result, handles)
@@ -334,7 +210,7 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
         for slot in frame.slots:
             slot.grad = None
         if any(part is not None and part.whole.grad is not None for part in flats.params):
-            raise outside(flats.units, "flat_sharded")  # it came when its unit had sent the others
+            raise late()
         pairs = zip(grads, flats.params, strict=True)
         reached.append([grad is not None if part is None else part.reached for grad, part in pairs])
         taken.append(times(grads, flats.share))
@@ -347,4 +223,13 @@ def second_order() -> CapabilityError:
         "the loss function differentiated with create_graph=True, and flat_sharded has let the weights of that graph"
         " go. Second derivatives need strategy=ff.strategies.flat_sharded(units=None), which gathers the whole model at"
         ' once, or "functional", or "ddp".'
+    )
+
+
+def late() -> CapabilityError:
+    """The error for a gradient that came when its unit had sent the others."""
+    return CapabilityError(
+        "a gradient came when those of its unit were on their way: a re-entrant checkpoint runs a backward pass each"
+        " time, and this unit is called twice. Write checkpoint(..., use_reentrant=False), or"
+        ' strategy=ff.strategies.flat_sharded(units=None), or "fsdp".'
     )

@@ -6,9 +6,10 @@ parts lie side by side, so gathering copies twice; what that costs is less than 
 Gradients are exchanged, row r to rank r, and added up here in the order of the ranks: gloo's own reduce-scatter takes
 three times as long as its all-to-all.
 
-[Note: even versions] Autograd takes note of the version of what it saves. The memory of a line has an even version while
-it is gathered, the same one throughout a run, and the odd one after it at other times. So a backward pass that comes to
-a weight that is not there, or that belongs to another run, is torch's error and no read of memory that is gone.
+[Note: even versions] Autograd takes note of the version of what it saves. The memory of a line has an even version
+while it is gathered, the same one throughout a run, and the odd one after it at other times. So a backward pass that
+comes to a weight that is not there, or that belongs to another run, is torch's error and no read of memory that is
+gone.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from fabricfn.sharding import with_local
 
 _kernels: Any = torch
 """The functions on lists of tensors have no types."""
-set_version: Any = torch._C._autograd._unsafe_set_version_counter
+set_version = _kernels._C._autograd._unsafe_set_version_counter
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -47,7 +48,7 @@ class Part:
 
     @property
     def local(self) -> torch.Tensor:
-        """This rank's part of the record's value."""
+        """The part of the record's value that this rank holds."""
         return self.slot._local_tensor
 
 
@@ -119,7 +120,7 @@ def make_unit(slots: Sequence[nn.Parameter], net: nn.Module, mesh: Any, device: 
         widths = [-(-slot.shape[0] // size) * slot.shape[1:].numel() for slot in mine]
         wire = low if low is not None and dtype.is_floating_point else dtype
         memory = torch.empty(size * sum(widths), dtype=wire, device=device)
-        stretches = memory.split([size * width for width in widths])
+        stretches: Sequence[torch.Tensor] = _kernels.split(memory, [size * width for width in widths])
         parts: list[Part] = []
         for slot, width, stretch in zip(mine, widths, stretches, strict=True):
             whole = nn.Parameter(stretch[: slot.numel()].view(slot.shape), slot.requires_grad)
@@ -224,8 +225,11 @@ def send(unit: Unit, dtype: torch.dtype | None) -> None:
         for part in trained:
             grad, part.whole.grad = part.whole.grad, None
             part.reached = grad is not None
-            grads.append(torch.zeros(part.slot.shape, dtype=line.memory.dtype, device=line.memory.device)
-                         if grad is None else grad)
+            grads.append(
+                torch.zeros(part.slot.shape, dtype=line.memory.dtype, device=line.memory.device)
+                if grad is None
+                else grad
+            )
         if any(grad.layout is not torch.strided for grad in grads):
             raise CapabilityError(
                 'strategy="flat_sharded" sends dense gradients alone, and one is sparse. Write strategy="ddp".'
@@ -253,12 +257,14 @@ def arrived(unit: Unit) -> None:
         mean = torch.add(*received) if len(received) == 2 else COMBINE["sum"](received)
         divide(mean, unit.group, "mean", early=False)
         trained = line.trained
-        for part, piece in zip(trained, mean.to(trained[0].slot.dtype).split([part.width for part in trained]), strict=True):
-            grad = with_local(part.slot, piece[: part.local.numel()].view(part.local.shape))
+        mean, begin = mean.to(trained[0].slot.dtype), 0
+        for part in trained:
+            local = mean[begin : begin + part.local.numel()].view(part.local.shape)
+            begin += part.width
             if part.slot.grad is not None:  # of a weight that was gathered by `unsharded`
-                grad._local_tensor.add_(part.slot.grad._local_tensor)
+                local.add_(part.slot.grad._local_tensor)
                 part.reached = True
-            part.slot.grad = grad
+            part.slot.grad = with_local(part.slot, local)
 
 
 def clear(unit: Unit) -> None:

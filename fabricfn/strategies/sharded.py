@@ -236,14 +236,15 @@ def mixed_dtypes(strategy: str = "fsdp") -> CapabilityError:
     """The error for a normalisation on a CPU, whose kernels take low weights with low inputs alone."""
     return CapabilityError(
         f"a normalisation got weights in the low dtype in which {strategy} gathered them and an input in float32, which"
-        f" the kernels of the CPU do not take. Write strategy=ff.strategies.{strategy}(gather_dtype=torch.float32), which"
-        " sends twice the bytes, or let the input of the net be in the low dtype."
+        " the kernels of the CPU do not take. Write"
+        f" strategy=ff.strategies.{strategy}(gather_dtype=torch.float32), which sends twice the"
+        " bytes, or let the input of the net be in the low dtype."
     )
 
 
 def refuse_transform() -> None:
     """Functions of torch.func do not see the gathering."""
     raise CapabilityError(
-        "a torch.func transform cannot go through fsdp, whose parameters are gathered in hooks. Write"
+        "a torch.func transform cannot go through a strategy whose parameters are gathered in hooks. Write"
         ' strategy="functional", or use ff.gather_params and torch.func.functional_call.'
     )

@@ -136,8 +136,8 @@ def outside(units: Sequence[str], strategy: str = "fsdp") -> CapabilityError:
     """The error for a weight that is used where it is not gathered."""
     named = ", ".join(units[:8]) + (", ..." if units[8:] else "") or "the whole net"
     return CapabilityError(
-        f"under {strategy} the weights of a unit ({named}) exist only inside the unit's own forward and only as attributes of"
-        " their modules, but the loss function uses one elsewhere, or one that is kept in a list. Write `with"
-        " ff.unsharded(rt, net.block): ...` around it, choose other units, or gather the whole model at once:"
+        f"under {strategy} the weights of a unit ({named}) exist only inside the unit's own forward and only as"
+        " attributes of their modules, but the loss function uses one elsewhere, or one that is kept in a list. Write"
+        " `with ff.unsharded(rt, net.block): ...` around it, choose other units, or gather the whole model at once:"
         f" strategy=ff.strategies.{strategy}(units=None)."
     )

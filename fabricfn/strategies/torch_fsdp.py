@@ -71,11 +71,7 @@ def point(params: Sequence[Any], values: Sequence[Any], names: Sequence[str]) ->
 
 
 def part_of(value: Any, name: str, placements: Any, size: torch.Size) -> torch.Tensor:
-    """This rank's part of a value that is cut in this way, without a copy.
-
-    Raises:
-        ModelError: it is whole, or cut in another way.
-    """
+    """The part of a value that this rank holds, without a copy; `ModelError` unless it is cut in this way."""
     if not is_sharded(value):
         raise ModelError(
             f"{name} of this Model is a whole tensor, but here every rank holds a shard of it. Load it with"
