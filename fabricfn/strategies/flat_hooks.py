@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fabricfn.strategies.flat_units import Part, Unit, end, let_go, need, send, start
+from fabricfn.strategies.flat_units import Part, Unit, arrived, end, let_go, need, send, start
 from fabricfn.tree import tree_flatten, tree_leaves, tree_unflatten
+
+AHEAD = 2
+"""The gradients of so many units may be on the way: they take memory twice, as they leave and as they come."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -46,6 +49,8 @@ class Flats:
     """Whether its backward pass has begun."""
     twice: bool = False
     """Whether the loss function ran a backward pass of its own."""
+    outgoing: list[Unit] = dataclasses.field(default_factory=list[Unit])
+    """The units whose gradients are on the way."""
     passes: list["Pass"] = dataclasses.field(default_factory=list["Pass"])
     """The calls of units that the forward pass is in."""
     together: list["Flats"] = dataclasses.field(default_factory=list["Flats"])
@@ -126,8 +131,18 @@ def depart(flats: Flats, unit: Unit, made: Pass, grad: Any) -> None:
         let_go(unit)
     if flats.back:
         unit.calls -= 1
-        if flats.sync and unit.calls <= 0 and unit.leaving is None:
-            send(unit, flats.reduce_dtype)
+        if flats.sync and unit.calls <= 0:
+            dispatch(flats, unit)
+
+
+def dispatch(flats: Flats, unit: Unit) -> None:
+    """Let the gradients of a unit leave, once a pass; those before it have arrived, all but one unit's."""
+    if unit.left:
+        return
+    send(unit, flats.reduce_dtype)
+    flats.outgoing.append(unit)
+    while len(flats.outgoing) > AHEAD:
+        arrived(flats.outgoing.pop(0))
 
 
 def finish(flats: Flats) -> None:

@@ -15,10 +15,21 @@ from fabricfn.engine import Frame, separate
 from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.meshes import axes_of
 from fabricfn.precision import Precision
-from fabricfn.sharding import is_sharded
-from fabricfn.strategies.flat_hooks import Flats, finish, surround
-from fabricfn.strategies.flat_units import Part, Unit, arrived, clear, let_go, look, make_unit, need, send, start
-from fabricfn.strategies.sharded import mixed_dtypes, refuse_transform, shard
+from fabricfn.sharding import is_sharded, with_local
+from fabricfn.strategies.flat_hooks import Flats, dispatch, finish, surround
+from fabricfn.strategies.flat_units import (
+    Part,
+    Unit,
+    arrived,
+    clear,
+    let_go,
+    look,
+    make_unit,
+    need,
+    rows_of,
+    start,
+)
+from fabricfn.strategies.sharded import mixed_dtypes, refuse_transform
 from fabricfn.strategies.shards import agreed, outside, times
 from fabricfn.strategies.single import backward as run_backward, forward as run_forward, gradients as take
 from fabricfn.strategies.tensor_modules import give_memory
@@ -116,6 +127,13 @@ def point(frame: Frame, values: Sequence[torch.Tensor]) -> None:
     frame.copied = sum(map(look, flats.groups)) > 0
 
 
+def shard(whole: torch.Tensor, slot: Any) -> torch.Tensor:
+    """A DTensor with the rows of this rank; what every rank holds whole is a copy."""
+    if not is_sharded(slot):
+        return whole.clone()
+    return with_local(slot, rows_of(whole, slot.device_mesh).clone(memory_format=torch.contiguous_format))
+
+
 def reset(frame: Frame) -> None:
     """After an exception: nothing gathered, no gradient, ready for the next run."""
     flats: Flats | None = frame.handle
@@ -124,7 +142,8 @@ def reset(frame: Frame) -> None:
         for unit in flats.groups:
             clear(unit)
             for part in unit.parts:
-                part.whole.grad = None
+                part.whole.grad, part.reached = None, False
+        flats.outgoing.clear()
 
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
@@ -188,8 +207,8 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
         raise
     for flats in handles:
         for unit in reversed(flats.groups):
-            if flats.sync and unit.leaving is None:
-                send(unit, flats.reduce_dtype)
+            if flats.sync:
+                dispatch(flats, unit)
         if not flats.sync:
             separate(part.whole for part in flats.params if part is not None)
     for flats in together:
@@ -204,8 +223,8 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
     reached: list[list[bool]] = []
     for frame in frames:
         flats: Flats = frame.handle
-        for unit in flats.groups:
-            arrived(unit)
+        while flats.outgoing:
+            arrived(flats.outgoing.pop())
         grads = [slot.grad for slot in frame.slots]
         for slot in frame.slots:
             slot.grad = None
@@ -213,6 +232,9 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
             raise late()
         pairs = zip(grads, flats.params, strict=True)
         reached.append([grad is not None if part is None else part.reached for grad, part in pairs])
+        for part in flats.params:
+            if part is not None:
+                part.reached = False
         taken.append(times(grads, flats.share))
     return agreed(frames, taken, reached, world, allow_unused)
 

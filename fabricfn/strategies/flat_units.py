@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from fabricfn.engine import named_modules
 from fabricfn.errors import CapabilityError
 from fabricfn.flat.wire import COMBINE, divide, exchange_into, gather_in_place
-from fabricfn.sharding import with_local
+from fabricfn.sharding import REACHED, with_local
 
 _kernels: Any = torch
 """The functions on lists of tensors have no types."""
@@ -44,7 +45,11 @@ class Part:
     width: int
     """How many numbers a rank brings, the padding of uneven parts included."""
     reached: bool = False
-    """Whether this rank's backward passes came to it."""
+    """Whether this rank's backward passes have come to it."""
+
+    def reach(self) -> None:
+        """Take note of a gradient that comes by another way than its unit's."""
+        self.reached = True
 
     @property
     def local(self) -> torch.Tensor:
@@ -87,7 +92,9 @@ class Unit:
     coming: list[Any] | None = None
     """The messages that gather it, while they are on the way."""
     leaving: list[Any] | None = None
-    """The messages with its gradients."""
+    """The messages with its gradients, while they are on the way."""
+    left: bool = False
+    """Whether its gradients have left in this pass."""
     calls: int = 0
     """How many of the loss function's calls the backward pass has yet to leave."""
     active: int = 0
@@ -125,6 +132,7 @@ def make_unit(slots: Sequence[nn.Parameter], net: nn.Module, mesh: Any, device: 
         for slot, width, stretch in zip(mine, widths, stretches, strict=True):
             whole = nn.Parameter(stretch[: slot.numel()].view(slot.shape), slot.requires_grad)
             parts.append(Part(cut_slot(slot, mesh, device), whole, places[id(slot)], width))
+            setattr(parts[-1].slot, REACHED, parts[-1].reach)
         rows = [stretch.view(size, width) for stretch, width in zip(stretches, widths, strict=True)]
         lines.append(Line(parts, memory, rows))
     unit = Unit(lines, group, there=True)
@@ -134,13 +142,20 @@ def make_unit(slots: Sequence[nn.Parameter], net: nn.Module, mesh: Any, device: 
 
 def cut_slot(slot: nn.Parameter, mesh: Any, device: torch.device) -> nn.Parameter:
     """A parameter of the same kind, of which this rank holds a part."""
-    rows = -(-slot.shape[0] // mesh.size())
-    begin = min(mesh.get_local_rank() * rows, slot.shape[0])
-    shape = (min(rows, slot.shape[0] - begin), *slot.shape[1:])
-    local = torch.empty(shape, dtype=slot.dtype, device=device)
-    like = torch.empty(slot.shape, device="meta")
-    value = DTensor.from_local(local, mesh, (Shard(0),), run_check=False, shape=like.shape, stride=like.stride())
-    return nn.Parameter(value, slot.requires_grad)
+    meta = TensorMeta(slot.shape, torch.empty(slot.shape, device="meta").stride(), slot.dtype)
+    local = torch.empty_like(rows_of(slot, mesh), device=device, memory_format=torch.contiguous_format)
+    # made so, and not by `DTensor.from_local` and `nn.Parameter`, for these import torch's compiler (0.5 s)
+    made: Any = DTensor.__new__(
+        DTensor, local, DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=slot.requires_grad
+    )
+    made._is_param = True
+    return made
+
+
+def rows_of(whole: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """The rows of this rank."""
+    count = -(-whole.shape[0] // mesh.size())
+    return whole.detach()[count * mesh.get_local_rank() :][:count]
 
 
 def look(unit: Unit) -> bool:
@@ -217,14 +232,14 @@ def send(unit: Unit, dtype: torch.dtype | None) -> None:
 
     Nothing is sent where all is frozen.
     """
-    unit.leaving = []
+    unit.leaving, unit.left = [], True
     for line in unit.lines:
         if not (trained := line.trained):
             continue
         grads: list[torch.Tensor] = []
         for part in trained:
             grad, part.whole.grad = part.whole.grad, None
-            part.reached = grad is not None
+            part.reached |= grad is not None
             grads.append(
                 torch.zeros(part.slot.shape, dtype=line.memory.dtype, device=line.memory.device)
                 if grad is None
@@ -263,7 +278,6 @@ def arrived(unit: Unit) -> None:
             begin += part.width
             if part.slot.grad is not None:  # of a weight that was gathered by `unsharded`
                 local.add_(part.slot.grad._local_tensor)
-                part.reached = True
             part.slot.grad = with_local(part.slot, local)
 
 
@@ -272,7 +286,7 @@ def clear(unit: Unit) -> None:
     let_go(unit)
     if unit.leaving is not None:
         wait(unit.leaving)
-    unit.leaving = None
+    unit.leaving, unit.left = None, False
     unit.calls = unit.active = unit.inside = 0
     for line in unit.lines:
         line.sent = None
