@@ -45,6 +45,8 @@ def built(frozen=()):
     return net
 
 
+FROZEN = ("blocks.1", "blocks.2")
+NETS = {frozen: built(frozen) for frozen in ((), FROZEN)}  # not in the ranks: threads share the generator
 X = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -78,9 +80,10 @@ def there(net):
 
 
 def gathered_at(rt):
-    """Which blocks are gathered when the forward of each is left, and when a gradient comes to its output."""
-    model = ff.setup_model(rt, built())
-    before, after = [], []
+    """Which blocks are there when the forward of each is left, and when a gradient comes; how many send meanwhile."""
+    model = ff.setup_model(rt, NETS[()])
+    groups = model.ref.engine.frames[0].handle.groups
+    before, after, sending = [], [], []
 
     def loss_fn(net, x):
         x = net.inp(x)
@@ -88,23 +91,24 @@ def gathered_at(rt):
             x = block(x)
             before.append(there(net))
             x.register_hook(lambda grad: after.append(there(net)))
+            x.register_hook(lambda grad: sending.append(sum(unit.leaving is not None for unit in groups)))
         result = net.out(x).square().mean()
         assert not hasattr(net.inp.weight, "_local_tensor"), "the rest is there for the whole loss function"
         return result
 
     _, grads = ff.value_and_grad(rt, loss_fn)(model, rows(rt))
-    frame = model.ref.engine.frames[0]
-    memory = [line.memory.untyped_storage().nbytes() for unit in frame.handle.groups for line in unit.lines]
-    return before, after, memory, wholes(grads.params)
+    memory = [line.memory.untyped_storage().nbytes() for unit in groups for line in unit.lines]
+    return before, after, sending, memory, wholes(grads.params)
 
 
 def test_a_unit_is_there_while_it_computes(threads):
     last = [False, False, False, True]
-    for before, after, memory, grads in threads.run(gathered_at, strategy="flat_sharded", precision=64):
+    for before, after, sending, memory, grads in threads.run(gathered_at, strategy="flat_sharded", precision=64):
         assert before == [[False] * 4] * 3 + [last], "the last one stays, for the backward pass begins with it"
         assert after == [[i == j for i in range(4)] for j in reversed(range(4))]
+        assert sending == [0, 1, 2, 2], "more would take memory"
         assert memory == [0] * 5, "and afterwards nothing is"
-        close(grads, oracle(built()))
+        close(grads, oracle(NETS[()]))
 
 
 # What is sent
@@ -131,7 +135,7 @@ def tensors_in(tree):
 
 
 def one_step(rt, frozen, counted, count=None):
-    model = ff.setup_model(rt, built(frozen))
+    model = ff.setup_model(rt, NETS[frozen])
     ff.barrier(rt)
     begin = len(counted.calls)
     if count is None:
@@ -147,11 +151,11 @@ def test_nothing_is_sent_for_the_gradients_of_frozen_parts(threads, monkeypatch,
 
     def sent(frozen):
         calls, grads = threads.run(one_step, frozen, counted, strategy=strategy, precision=64, world_size=2)[0]
-        close(grads, oracle(built(frozen)))
+        close(grads, oracle(NETS[frozen]))
         return sum(nbytes for name, nbytes in calls if name in ("all_reduce", "reduce_scatter", "all_to_all"))
 
-    block = sum(slot.nbytes for slot in built().blocks[0].parameters())
-    assert sent(()) - sent(("blocks.1", "blocks.2")) == 2 * block  # of the whole gradient, under every strategy
+    block = sum(slot.nbytes for slot in NETS[()].blocks[0].parameters())
+    assert sent(()) - sent(FROZEN) == 2 * block  # of the whole gradient, under every strategy
 
 
 def test_a_unit_is_one_message_and_gradients_leave_while_the_backward_pass_goes_on(threads, monkeypatch):
@@ -159,7 +163,7 @@ def test_a_unit_is_one_message_and_gradients_leave_while_the_backward_pass_goes_
 
     def messages(count):
         calls, grads = threads.run(one_step, (), counted, count, strategy="flat_sharded", precision=64)[0]
-        close(grads, oracle(built()))
+        close(grads, oracle(NETS[()]))
         return [name for name, _ in calls if name in ("all_gather", "all_to_all")]
 
     forth, back = ["all_gather"] * 5, ["all_gather", "all_to_all"] * 3  # a unit and the next; the last one is there
@@ -253,6 +257,30 @@ def test_a_unit_may_have_parameters_of_two_dtypes(threads):
     torch.testing.assert_close(found, right, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler hides it, and pytest sees it
+def test_the_compiler_leaves_its_hooks_alone(group):
+    import torch._dynamo
+
+    def grads(**options):
+        world = ff.World(group=group)
+        rt = ff.Runtime(world=world, precision=ff.Precision.parse(64), strategy=flat_sharded())
+        frames: list[str] = []
+
+        def backend(graph, _):
+            frames.extend(str(node.target) for node in graph.graph.nodes)
+            return graph
+
+        if options:
+            options = {"compile": {"backend": backend}}
+        found = wholes(ff.value_and_grad(rt, squares)(ff.setup_model(rt, NETS[()], **options), X)[1].params)
+        return found, frames
+
+    torch._dynamo.reset()
+    found, traced = grads(compile=True)
+    close(found, grads()[0])
+    assert any("tanh" in name for name in traced) and not any("resize" in name or "c10d" in name for name in traced)
+
+
 # What it refuses
 
 
@@ -269,7 +297,7 @@ def of_late(rt):
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
         return x.square().mean()
 
-    ff.value_and_grad(rt, loss_fn, allow_unused=True)(ff.setup_model(rt, built()), rows(rt))
+    ff.value_and_grad(rt, loss_fn, allow_unused=True)(ff.setup_model(rt, NETS[()]), rows(rt))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ All of it happens at places of the graph that are the same on every rank, so mes
 
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ AHEAD = 2
 """The gradients of so many units may be on the way: they take memory twice, as they leave and as they come."""
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Pass:
     """One call of a unit's forward."""
 
@@ -26,7 +27,7 @@ class Pass:
     """Whether the backward pass is in it."""
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Flats:
     """The handle of a frame."""
 
@@ -58,9 +59,13 @@ class Flats:
 
 
 def surround(module: Any, flats: Flats, index: int) -> None:
-    """Put the hooks around the forward of a unit."""
-    module.register_forward_pre_hook(functools.partial(enter, flats, index), with_kwargs=True)
-    module.register_forward_hook(functools.partial(leave, flats, index), always_call=True)
+    """Put the hooks around the forward of a unit. Where the compiler is in use, it is told to leave them alone."""
+    before: Any = functools.partial(enter, flats, index)
+    after: Any = functools.partial(leave, flats, index)
+    if "torch._dynamo" in sys.modules:
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(after, always_call=True)
 
 
 def enter(flats: Flats, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:

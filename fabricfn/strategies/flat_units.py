@@ -9,7 +9,7 @@ three times as long as its all-to-all.
 [Note: even versions] Autograd takes note of the version of what it saves. The memory of a line has an even version
 while it is gathered, the same one throughout a run, and the odd one after it at other times. So a backward pass that
 comes to a weight that is not there, or that belongs to another run, is torch's error and no read of memory that is
-gone.
+gone. (Printing such a weight is one, and ends the process: the records here have no `repr`.)
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _kernels: Any = torch
 set_version = _kernels._C._autograd._unsafe_set_version_counter
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Part:
     """A parameter that is cut along its first dimension."""
 
@@ -57,7 +57,7 @@ class Part:
         return self.slot._local_tensor
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Line:
     """The parameters of a unit that have one dtype."""
 
@@ -81,7 +81,7 @@ class Line:
         return [part for part in self.parts if part.whole.requires_grad]
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Unit:
     """What is gathered together."""
 
