@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fabricfn.strategies.flat_units import Part, Unit, arrived, end, let_go, need, send, start
+from fabricfn.strategies.flat_units import Part, Unit, arrived, clear, end, let_go, need, send, start
 from fabricfn.tree import tree_flatten, tree_leaves, tree_unflatten
 
 AHEAD = 2
@@ -22,7 +22,8 @@ AHEAD = 2
 class Pass:
     """One call of a unit's forward."""
 
-    run: object
+    run: "list[Flats]"
+    """Which pass it belongs to: hooks of graphs that were kept from others do nothing."""
     begun: bool = False
     """Whether the backward pass is in it."""
 
@@ -44,8 +45,6 @@ class Flats:
     """Whether the backward pass sends gradients."""
     share: float = 1.0
     """What the gradients are still to be multiplied by."""
-    run: object = None
-    """The pass under way; hooks of graphs that were kept from others do nothing."""
     back: bool = False
     """Whether its backward pass has begun."""
     twice: bool = False
@@ -55,7 +54,7 @@ class Flats:
     passes: list["Pass"] = dataclasses.field(default_factory=list["Pass"])
     """The calls of units that the forward pass is in."""
     together: list["Flats"] = dataclasses.field(default_factory=list["Flats"])
-    """The handles of all frames of the run, constants too."""
+    """The handles of all frames of the pass under way, constants too: a list of its own for each pass."""
 
 
 def surround(module: Any, flats: Flats, index: int) -> None:
@@ -70,7 +69,7 @@ def surround(module: Any, flats: Flats, index: int) -> None:
 
 def enter(flats: Flats, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """A hook before the forward of a unit: it is gathered, and the next one begun; its inputs tell when it is done."""
-    unit, made = flats.groups[index], Pass(flats.run)
+    unit, made = flats.groups[index], Pass(flats.together)
     flats.passes.append(made)
     unit.inside += 1
     need(unit)
@@ -112,7 +111,7 @@ def leave(flats: Flats, index: int, module: nn.Module, args: Any, result: Any) -
 
 def come_back(flats: Flats, index: int, made: Pass, grad: torch.Tensor) -> None:
     """A hook: the backward pass begins with this call of a unit."""
-    if made.run is not flats.run:
+    if made.run is not flats.together:
         return
     unit = flats.groups[index]
     if not made.begun:
@@ -127,7 +126,7 @@ def come_back(flats: Flats, index: int, made: Pass, grad: torch.Tensor) -> None:
 
 def depart(flats: Flats, unit: Unit, made: Pass, grad: Any) -> None:
     """A hook: the backward pass is done with this call of a unit."""
-    if made.run is not flats.run:
+    if made.run is not flats.together:
         return
     if made.begun:
         made.begun = False
@@ -150,9 +149,18 @@ def dispatch(flats: Flats, unit: Unit) -> None:
         arrived(flats.outgoing.pop(0))
 
 
+def begin(flats: Flats, together: list[Flats], *, sync: bool) -> None:
+    """A pass begins: the rest of the net and the first unit are on their way."""
+    for unit in flats.groups:
+        clear(unit)
+    flats.together, flats.sync, flats.back, flats.twice = together, sync and not flats.frozen, False, False
+    start(flats.groups[-1])
+    start(flats.groups[0])
+
+
 def finish(flats: Flats) -> None:
     """The end of a pass: nothing stays gathered, and the backward pass of its graph fails from now on."""
-    flats.run = None
+    flats.together = []
     flats.passes.clear()
     for unit in flats.groups:
         end(unit)

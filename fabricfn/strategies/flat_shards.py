@@ -16,7 +16,7 @@ from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.meshes import axes_of
 from fabricfn.precision import Precision
 from fabricfn.sharding import is_sharded, with_local
-from fabricfn.strategies.flat_hooks import Flats, dispatch, finish, surround
+from fabricfn.strategies.flat_hooks import Flats, begin, dispatch, finish, surround
 from fabricfn.strategies.flat_units import (
     Part,
     Unit,
@@ -27,7 +27,6 @@ from fabricfn.strategies.flat_units import (
     make_unit,
     need,
     rows_of,
-    start,
 )
 from fabricfn.strategies.sharded import mixed_dtypes, refuse_transform
 from fabricfn.strategies.shards import agreed, outside, times
@@ -149,14 +148,8 @@ def reset(frame: Frame) -> None:
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
     """`fn` of the nets, whose units come and go meanwhile."""
     handles: list[Flats] = [frame.handle for frame in frames if frame.handle is not None]
-    run = object()
     for flats in handles:
-        for unit in flats.groups:
-            clear(unit)
-        flats.run, flats.sync, flats.back, flats.twice, flats.together = run, sync, False, False, handles
-        flats.passes.clear()
-        start(flats.groups[-1])
-        start(flats.groups[0])
+        begin(flats, handles, sync=sync)
     for flats in handles:
         need(flats.groups[-1])
     try:
