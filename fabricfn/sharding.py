@@ -41,7 +41,9 @@ def with_local(like: Any, local: torch.Tensor) -> torch.Tensor:
     if local.dtype is not like.dtype:
         meta = spec.tensor_meta
         spec = type(spec)(spec.mesh, spec.placements, tensor_meta=type(meta)(meta.shape, meta.stride, local.dtype))
-    return type(like)(local, spec, requires_grad=False)
+    # `__init__` does nothing, and imports torch's compiler for it (0.5 s)
+    kind = cast("Any", type(like))
+    return kind.__new__(kind, local, spec, requires_grad=False)
 
 
 def with_locals(likes: Sequence[Any], locals_: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -42,7 +42,8 @@ def one_rank(group):
 
     def make(name="single", precision="64-true"):
         # several losses here use weights directly; units are the matter of test_fsdp.py
-        strategy = ff.strategies.fsdp(units=None) if name == "fsdp" else ff.strategies.NAMES[name]()
+        cut = name in ("fsdp", "flat_sharded")
+        strategy = getattr(ff.strategies, name)(units=None) if cut else ff.strategies.NAMES[name]()
         world = ff.World(group=None if strategy.max_ranks == 1 else group)
         return ff.Runtime(world=world, precision=ff.Precision.parse(precision), strategy=strategy)
 

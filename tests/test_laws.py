@@ -26,6 +26,7 @@ STRATEGIES = {
     "ddp, unused": ff.strategies.ddp(find_unused_parameters=True),
     "ddp, static graph": ff.strategies.ddp(static_graph=True),
     "ddp, sharded optimizer": ff.strategies.ddp(shard_optimizer=True),
+    "flat_sharded": ff.strategies.flat_sharded(),
     "fsdp": ff.strategies.fsdp(),
     "fsdp, one unit": ff.strategies.fsdp(units=None),
     "fsdp, every layer": ff.strategies.fsdp(units=nn.Linear, reshard_after_forward=False),

@@ -10,6 +10,7 @@ from torch import nn
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.default_dtypes import default_dtype
+from fabricfn.sharding import full
 from fabricfn.testing import cases
 
 
@@ -229,11 +230,11 @@ def means(rt):
     model = ff.setup_model(rt, nn.Linear(4, 1, bias=False))
     loss_fn = lambda net, x: (net.weight * x).sum()  # noqa: E731
     _, grads = ff.value_and_grad(rt, loss_fn)(model, VALUES[rt.rank])
-    return grads.params["weight"]
+    return full(grads.params["weight"])
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-@pytest.mark.parametrize("strategy", ["functional", "ddp"])
+@pytest.mark.parametrize("strategy", ["functional", "ddp", "flat", "fsdp", "flat_sharded"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float64])
 def test_gradients_are_averaged_in_the_dtype_that_the_record_says(worlds, kind, strategy, dtype):
     precision = ff.Precision(reduce_dtype=dtype)

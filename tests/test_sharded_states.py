@@ -57,7 +57,7 @@ def test_records_with_sharded_leaves(tmp_path, ranks):
         ranks.run(loaded, world_size=world_size)
 
 
-STRATEGIES = [("single", 1), ("ddp", 2), ("functional", 3), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4)]
+STRATEGIES = [("single", 1), ("ddp", 2), ("functional", 3), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("flat_sharded", 3)]
 
 
 def named(name):

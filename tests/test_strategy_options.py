@@ -245,6 +245,7 @@ def trained(rt, options):
         (fsdp(units=Norm), Norm),
         (fsdp(units=None), (Norm, nn.Linear)),
         (fsdp(units=nn.Linear), Norm),
+        (ff.strategies.flat_sharded(units=Norm), Norm),
     ],
 )
 def test_activation_checkpointing_changes_nothing_under_any_strategy(threads, strategy, units):

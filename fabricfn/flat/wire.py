@@ -36,6 +36,7 @@ drops a NaN from a maximum or keeps it depending on who holds it, and knows fewe
 _new_names = hasattr(dist, "all_gather_single")
 _gather_into: Any = getattr(dist, "all_gather_single" if _new_names else "all_gather_into_tensor")
 _scatter_into: Any = getattr(dist, "reduce_scatter_single" if _new_names else "reduce_scatter_tensor")
+_exchange_into: Any = dist.all_to_all_single  # pyright: ignore[reportUnknownVariableType]
 _reduce_into: Any = dist.all_reduce  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -59,8 +60,22 @@ def exchanged(rows: torch.Tensor, group: Group) -> torch.Tensor:
     if group is None or not rows.numel():
         return rows
     received = torch.empty_like(rows)
-    dist.all_to_all_single(as_bytes(received), as_bytes(rows), group=group)
+    _exchange_into(as_bytes(received), as_bytes(rows), group=group)
     return received
+
+
+def gather_in_place(rows: torch.Tensor, group: dist.ProcessGroup) -> dist.Work | None:
+    """Row r of [size, n], filled on rank r, comes to all ranks, once the work has been waited for."""
+    if not rows.numel():
+        return None
+    return _gather_into(as_bytes(rows).view(-1), as_bytes(rows[group.rank()]), group=group, async_op=True)
+
+
+def exchange_into(received: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup) -> dist.Work | None:
+    """Row r of [size, n] goes to rank r; `received` has a row from each rank once the work has been waited for."""
+    if not rows.numel():
+        return None
+    return _exchange_into(as_bytes(received), as_bytes(rows), group=group, async_op=True)
 
 
 def combine_mine(rows: torch.Tensor, group: Group, op: str) -> torch.Tensor:

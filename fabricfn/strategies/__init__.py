@@ -18,12 +18,14 @@ from fabricfn.strategy import Strategy
 
 if TYPE_CHECKING:
     from fabricfn.strategies.deepspeed_zero import deepspeed as deepspeed
+    from fabricfn.strategies.flat_shards import flat_sharded as flat_sharded
     from fabricfn.strategies.pipeline_parallel import pipeline as pipeline
     from fabricfn.strategies.sharded import fsdp as fsdp
     from fabricfn.strategies.tensor_parallel import model_parallel as model_parallel
 
 _LATE = {
     "fsdp": "fabricfn.strategies.sharded",
+    "flat_sharded": "fabricfn.strategies.flat_shards",
     "deepspeed": "fabricfn.strategies.deepspeed_zero",
     "model_parallel": "fabricfn.strategies.tensor_parallel",
     "pipeline": "fabricfn.strategies.pipeline_parallel",
@@ -37,8 +39,9 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LATE[name]), name)
 
 
-def _fsdp() -> Strategy:
-    return __getattr__("fsdp")()
+def _late(name: str, **options: Any) -> Callable[[], Strategy]:
+    """A strategy of `_LATE`, imported when it is wanted."""
+    return lambda: __getattr__(name)(**options)
 
 
 NAMES: dict[str, Callable[[], Strategy]] = {
@@ -46,7 +49,8 @@ NAMES: dict[str, Callable[[], Strategy]] = {
     "ddp": ddp,
     "functional": functional,
     "flat": flat,
-    "fsdp": _fsdp,
+    "fsdp": _late("fsdp"),
+    "flat_sharded": _late("flat_sharded"),
 }
 
 
@@ -54,7 +58,7 @@ PRESETS: dict[str, Callable[[], Strategy]] = {
     "dp": dp,
     **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), ddp),
     "ddp_find_unused_parameters_true": partial(ddp, find_unused_parameters=True),
-    "fsdp_cpu_offload": lambda: __getattr__("fsdp")(cpu_offload=True),
+    "fsdp_cpu_offload": _late("fsdp", cpu_offload=True),
 }
 """Strategies with options, by the names that Fabric gave them."""
 
@@ -65,20 +69,16 @@ ACCELERATORS = {"xla": "xla", "xla_fsdp": "xla"}
 """The names that say on which accelerator; under all others `accelerator="auto"` takes what there is."""
 
 
-def _deepspeed(stage: int, **offload: str) -> Callable[[], Strategy]:
-    return lambda: __getattr__("deepspeed")(stage=stage, **offload)
-
-
 _HOST = {"offload_optimizer": "cpu"}
 EXTRAS: dict[str, Callable[[], Strategy]] = {
-    "deepspeed": _deepspeed(2),
-    "deepspeed_stage_1": _deepspeed(1),
-    "deepspeed_stage_2": _deepspeed(2),
-    "deepspeed_stage_3": _deepspeed(3),
-    "deepspeed_stage_1_offload": _deepspeed(1, **_HOST),
-    "deepspeed_stage_2_offload": _deepspeed(2, **_HOST),
-    "deepspeed_stage_3_offload": _deepspeed(3, **_HOST, offload_param="cpu"),
-    "deepspeed_stage_3_offload_nvme": _deepspeed(3, offload_optimizer="nvme", offload_param="nvme"),
+    "deepspeed": _late("deepspeed", stage=2),
+    "deepspeed_stage_1": _late("deepspeed", stage=1),
+    "deepspeed_stage_2": _late("deepspeed", stage=2),
+    "deepspeed_stage_3": _late("deepspeed", stage=3),
+    "deepspeed_stage_1_offload": _late("deepspeed", stage=1, **_HOST),
+    "deepspeed_stage_2_offload": _late("deepspeed", stage=2, **_HOST),
+    "deepspeed_stage_3_offload": _late("deepspeed", stage=3, **_HOST, offload_param="cpu"),
+    "deepspeed_stage_3_offload_nvme": _late("deepspeed", stage=3, offload_optimizer="nvme", offload_param="nvme"),
     "xla": xla,
     "xla_fsdp": xla_fsdp,
 }

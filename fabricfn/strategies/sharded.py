@@ -179,7 +179,7 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
             if "mixed dtype (CPU)" in str(error):
                 raise mixed_dtypes() from error
             if "DTensor" in str(error) or "differentiated" in str(error):
-                raise outside(shards) from error
+                raise outside(shards.units) from error
             raise
         if went_back(shards.box):
             raise inner_backward()
@@ -196,7 +196,7 @@ def outliving(result: Any, shards: Shards) -> Any:
 
     def kept(leaf: Any) -> Any:
         if is_sharded(leaf) and (leaf.dim() == 0 or any(one.is_partial() for one in leaf.placements)):
-            raise outside(shards)  # a number made of weights that are not gathered
+            raise outside(shards.units)  # a number made of weights that are not gathered
         plain = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not is_sharded(leaf)
         return leaf.clone() if plain and leaf.untyped_storage()._cdata in homes else leaf
 
@@ -208,14 +208,14 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
     handles: list[Shards] = [frame.handle for frame in frames if frame.handle is not None]
     for shards in handles:
         if is_sharded(loss):
-            raise outside(shards)
+            raise outside(shards.units)
         watch(shards)
         shards.share = share
     try:
         run_backward(frames, loss, share=1.0 if handles else share)
     except RuntimeError as error:
         if "device meta" in str(error):
-            raise outside(handles[0]) from error
+            raise outside(handles[0].units) from error
         raise
     for shards in handles:
         if not shards.sync:
@@ -232,18 +232,19 @@ def inner_backward() -> CapabilityError:
     )
 
 
-def mixed_dtypes() -> CapabilityError:
+def mixed_dtypes(strategy: str = "fsdp") -> CapabilityError:
     """The error for a normalisation on a CPU, whose kernels take low weights with low inputs alone."""
     return CapabilityError(
-        "a normalisation got weights in the low dtype in which fsdp gathered them and an input in float32, which the"
-        " kernels of the CPU do not take. Write strategy=ff.strategies.fsdp(gather_dtype=torch.float32), which sends"
-        " twice the bytes, or let the input of the net be in the low dtype."
+        f"a normalisation got weights in the low dtype in which {strategy} gathered them and an input in float32, which"
+        " the kernels of the CPU do not take. Write"
+        f" strategy=ff.strategies.{strategy}(gather_dtype=torch.float32), which sends twice the"
+        " bytes, or let the input of the net be in the low dtype."
     )
 
 
 def refuse_transform() -> None:
     """Functions of torch.func do not see the gathering."""
     raise CapabilityError(
-        "a torch.func transform cannot go through fsdp, whose parameters are gathered in hooks. Write"
+        "a torch.func transform cannot go through a strategy whose parameters are gathered in hooks. Write"
         ' strategy="functional", or use ff.gather_params and torch.func.functional_call.'
     )

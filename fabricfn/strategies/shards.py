@@ -77,11 +77,22 @@ def gradients(frames: Sequence[Frame], world: World, *, allow_unused: bool) -> l
         for slot in frame.slots:
             slot.grad = None
         if close(shards.params):
-            raise outside(shards)
+            raise outside(shards.units)
         whole = [param is None for param in shards.params]
         reached.append([grad is not None and (whole[i] or i in shards.used) for i, grad in enumerate(grads)])
         shards.used.clear()
         taken.append(times(grads, shards.share))
+    return agreed(frames, taken, reached, world, allow_unused)
+
+
+def agreed(
+    frames: Sequence[Frame],
+    taken: list[list[torch.Tensor | None]],
+    reached: list[list[bool]],
+    world: World,
+    allow_unused: bool,
+) -> list[list[torch.Tensor | None]]:
+    """What was taken, without the zeros of what no rank reached, or checked; and averaged where nobody did so."""
     if allow_unused:
         found = iter(anywhere([there for mask in reached for there in mask], world.group, world.device))
         reached = [[next(found) for _ in mask] for mask in reached]
@@ -121,12 +132,12 @@ def times(grads: list[torch.Tensor | None], share: float) -> list[torch.Tensor |
     return grads
 
 
-def outside(shards: Shards) -> CapabilityError:
+def outside(units: Sequence[str], strategy: str = "fsdp") -> CapabilityError:
     """The error for a weight that is used where it is not gathered."""
-    units = ", ".join(shards.units[:8]) + (", ..." if shards.units[8:] else "") or "the whole net"
+    named = ", ".join(units[:8]) + (", ..." if units[8:] else "") or "the whole net"
     return CapabilityError(
-        f"under fsdp the weights of a unit ({units}) exist only inside the unit's own forward and only as attributes of"
-        " their modules, but the loss function uses one elsewhere, or one that is kept in a list. Write `with"
-        " ff.unsharded(rt, net.block): ...` around it, choose other units, or gather the whole model at once:"
-        " strategy=ff.strategies.fsdp(units=None)."
+        f"under {strategy} the weights of a unit ({named}) exist only inside the unit's own forward and only as"
+        " attributes of their modules, but the loss function uses one elsewhere, or one that is kept in a list. Write"
+        " `with ff.unsharded(rt, net.block): ...` around it, choose other units, or gather the whole model at once:"
+        f" strategy=ff.strategies.{strategy}(units=None)."
     )

@@ -58,19 +58,7 @@ def point(params: Sequence[Any], values: Sequence[Any], names: Sequence[str]) ->
     """Let FSDP look at the values' shards; whether some had to be copied, since they lack the padding."""
     copied = False
     for param, value, name in zip(params, values, names, strict=True):
-        if not is_sharded(value):
-            raise ModelError(
-                f"{name} of this Model is a whole tensor, but under fsdp every rank holds a shard of it. Load it with"
-                " ff.load(rt, path, like=model), or cut it: torch.distributed.tensor.distribute_tensor(value,"
-                " model.params[name].device_mesh, model.params[name].placements)."
-            )
-        local = cast("torch.Tensor", value._local_tensor)
-        if local.shape != param.sharded_size or value.placements != param._sharding_spec.placements:
-            raise ModelError(
-                f"{name} of this Model is sharded in another way than the module that was set up: {value.placements}"
-                f" with {tuple(local.shape)} on this rank, against {param._sharding_spec.placements} with"
-                f" {tuple(param.sharded_size)}. Redistribute it: value.redistribute(placements=...)."
-            )
+        local = part_of(value, name, param._sharding_spec.placements, param.sharded_size)
         data = local
         if local.shape != param.padded_sharded_param_size or not local.is_contiguous():
             copied = True
@@ -80,6 +68,24 @@ def point(params: Sequence[Any], values: Sequence[Any], names: Sequence[str]) ->
         param._sharded_param_data = data.view(-1)
         param.sharded_param._local_tensor = local
     return copied
+
+
+def part_of(value: Any, name: str, placements: Any, size: torch.Size) -> torch.Tensor:
+    """The part of a value that this rank holds, without a copy; `ModelError` unless it is cut in this way."""
+    if not is_sharded(value):
+        raise ModelError(
+            f"{name} of this Model is a whole tensor, but here every rank holds a shard of it. Load it with"
+            " ff.load(rt, path, like=model), or cut it: torch.distributed.tensor.distribute_tensor(value,"
+            " model.params[name].device_mesh, model.params[name].placements)."
+        )
+    local = cast("torch.Tensor", value._local_tensor)
+    if local.shape != size or value.placements != placements:
+        raise ModelError(
+            f"{name} of this Model is sharded in another way than the module that was set up: {value.placements}"
+            f" with {tuple(local.shape)} on this rank, against {placements} with"
+            f" {tuple(size)}. Redistribute it: value.redistribute(placements=...)."
+        )
+    return local
 
 
 def gathered(param: Any) -> torch.Tensor | None:

@@ -37,6 +37,7 @@ MEASURES = {
     "flat": functools.partial(on_ranks, steps.measure, way="ddp", strategy="flat"),
     "functional": functools.partial(on_ranks, steps.measure, way="ddp", strategy="functional"),
     "fsdp": functools.partial(on_ranks, steps.measure, way="fsdp", strategy="fsdp"),
+    "flat_sharded": functools.partial(on_ranks, steps.measure, way="fsdp", strategy="flat_sharded"),
     "canonical": functools.partial(on_ranks, steps.measure_canonical),
     "randomness": randomness.measure,
     "functions": functions.measure,
@@ -68,6 +69,9 @@ RANKS = (
     *(("fsdp", 2, "8 blocks", k, r) for k, r in ((1, 60), (8, 12))),
     *(("fsdp", 2, "4 encoder layers", k, r) for k, r in ((1, 16), (8, 4))),
     *(("fsdp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 2))),
+    *(("flat_sharded", 2, "8 blocks", k, r) for k, r in ((1, 60), (8, 12))),
+    ("flat_sharded", 2, "4 encoder layers", 1, 16),
+    ("flat_sharded", 2, "GPT", 1, 8),
 )
 
 # key of the report, what to measure, the contender that others are compared with (else the first), options, rounds.
