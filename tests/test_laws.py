@@ -102,7 +102,7 @@ def test_one_step_is_pure_and_leaves_its_inputs(ranks):
         loss, grads = ff.value_and_grad(rt, loss_fn)(model, *batch)
         return loss, grads, ff.optimizer_step(rt, model, opt, grads)
 
-    assert testing.check_purity(step, make, ranks=ranks) == 2 * (1 + 4 * 10)
+    assert testing.check_purity(step, make, ranks=ranks) == 2 * (1 + 5 * 10)
 
 
 # 5: checkpoints
@@ -119,7 +119,7 @@ def test_checkpoints_between_all_strategies_and_world_sizes(ranks):
         model, opt = ff.optimizer_step(rt, model, opt, grads)
         return {"nets": (model, ema), "opt": opt, "at": ff.Cursor(epoch=3, index=5), "plain": [0.1, 1, True, "x"]}
 
-    assert testing.check_checkpoint(make, ranks=ranks) == 17 * (1 + 4 * 10)
+    assert testing.check_checkpoint(make, ranks=ranks) == 21 * (1 + 5 * 10)
 
 
 @given(tree=cases.trees())
@@ -196,7 +196,7 @@ def own_loop(rt):
 
 def test_an_own_loop_is_checked_as_far_as_its_keywords_go(ranks):
     done = testing.check(own_loop, ranks=ranks, world_sizes=(1, 2, 3))
-    assert done == {"purity": 50, "equivalence": 25, "checkpoint": 325}
+    assert done == {"purity": 62, "equivalence": 31, "checkpoint": 496}
     with pytest.raises(ff.errors.ConfigurationError, match="does not take donate"):
         testing.check(own_loop, ("donation",), ranks=ranks)
     with pytest.raises(ff.errors.ConfigurationError, match="no law 'speed'; there are purity, equivalence"):
