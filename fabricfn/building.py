@@ -16,8 +16,7 @@ from fabricfn.engine import Engine, Frame, Place, named_modules
 from fabricfn.errors import MismatchError
 from fabricfn.records import Model
 from fabricfn.runtimes import Runtime
-from fabricfn.strategies.recomputing import planned, recompute
-from fabricfn.strategies.units import Units
+from fabricfn.strategies.recomputing import Checkpointing, planned, recompute
 from fabricfn.world import World
 
 Compile = bool | Mapping[str, Any]
@@ -82,7 +81,7 @@ def build(
     move_to_device: bool,
     donate: bool,
     compile: Compile,
-    activation_checkpointing: Units = None,
+    activation_checkpointing: Checkpointing = None,
     tape: Tape | None = None,
 ) -> tuple[Engine, dict[str, torch.Tensor]]:
     """The engine of a module, with its first frame tied to the strategy, and the values. Every rank must call it."""
@@ -100,11 +99,11 @@ def build(
         net = net if rt.precision.convert is None else rt.precision.convert(net)
     template = net if shard is None else without_values(net, place)
     hooks = add_casts(rt, template)
-    again = planned(template, activation_checkpointing)
+    again = planned(template, activation_checkpointing, rt.device)
 
     def finish(net: nn.Module, frozen: bool) -> Frame:
         # a graph through constants may outlive the call, and would compute again with other values
-        recompute(net, () if frozen else again)
+        recompute(net, {} if frozen else again)
         if options is not None:
             net.compile(**options)
         return make_frame(net, strategy.attach(net, rt.world, rt.precision, frozen=frozen))
@@ -151,7 +150,7 @@ def plain_net(engine: Engine, model: Model, values: Mapping[str, torch.Tensor]) 
     """A net that is tied to nothing, with these parameters (as they are) and the model's buffers and mode."""
     rest = iter(values.values())
     net = copy_module(engine.template, lambda slot: next(rest), torch.clone)
-    recompute(net, ())
+    recompute(net, {})
     for name, places in persistent_buffers(net, absent=False).items():
         for hanging, key in places:
             hanging[key] = model.buffers[name].clone()

@@ -208,11 +208,16 @@ def _clip(
             return tensors
         return _kernels._foreach_mul(tensors, factor)
     assert clip_val is not None
-    made = _kernels._foreach_clamp_max(tensors, clip_val)
+    zeros = _kernels._foreach_mul(tensors, 0.0) if mark else ()
+    made = tensors
+    if in_place:
+        _kernels._foreach_clamp_max_(tensors, clip_val)
+    else:
+        made = _kernels._foreach_clamp_max(tensors, clip_val)
     _kernels._foreach_clamp_min_(made, -clip_val)
     if mark:
-        _kernels._foreach_add_(made, _kernels._foreach_mul(tensors, 0.0))
-    return _written(tensors, made) if in_place else made
+        _kernels._foreach_add_(made, zeros)
+    return made
 
 
 def _written(tensors: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

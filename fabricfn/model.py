@@ -29,7 +29,7 @@ from fabricfn.records import Model, Ref
 from fabricfn.runtimes import Runtime
 from fabricfn.scaling import first_scale
 from fabricfn.sharding import is_sharded, whole
-from fabricfn.strategies.units import Units
+from fabricfn.strategies.recomputing import Checkpointing
 from fabricfn.tree import tree_map
 from fabricfn.watching import collective
 
@@ -44,7 +44,7 @@ def setup_model(
     move_to_device: bool = True,
     donate: bool = False,
     compile: Compile = False,
-    activation_checkpointing: Units = None,
+    activation_checkpointing: Checkpointing = None,
 ) -> Model:
     """The values of a module as a `Model`, ready to be trained under the runtime's strategy and precision.
 
@@ -61,7 +61,10 @@ def setup_model(
             again, outside of everything else.
         activation_checkpointing: the sub-modules whose forward pass is computed again in the backward pass, instead of
             keeping its activations: "auto" for the repeated blocks of lists, a module class or a tuple of them, or a
-            predicate `(name, module) -> bool`. Under every strategy; loss, gradients and buffers stay the same.
+            predicate `(name, module) -> bool`. Or a mapping policy -> sub-modules: "recompute" as just said;
+            "keep_matmuls" keeps the results of products and computes the rest again; "offload" keeps activations in
+            the memory of the CPU; a function is a policy of torch's `create_selective_checkpoint_contexts`. Loss,
+            gradients and buffers have the same bits.
 
     Returns:
         A Model with the parameters in `rt.precision.param_dtype` (left as they are under a "-mixed" precision) and in
@@ -70,7 +73,8 @@ def setup_model(
     Raises:
         ModelError: lazy parameters, or parameters on the meta device.
         MismatchError: the ranks hold different modules.
-        ConfigurationError: activation_checkpointing chooses nothing that has a forward.
+        ConfigurationError: activation_checkpointing chooses nothing that has a forward, or one module twice.
+        CapabilityError: activation_checkpointing on an XLA device.
 
     Example:
         >>> import torch, fabricfn as ff

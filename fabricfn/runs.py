@@ -21,6 +21,7 @@ from fabricfn.records import Grads, Model
 from fabricfn.runtimes import Runtime
 from fabricfn.scaling import shared_scale
 from fabricfn.sharding import local_of, with_locals
+from fabricfn.states import overlap
 from fabricfn.tracing import times, tracing
 from fabricfn.tree import tree_flatten, tree_unflatten
 from fabricfn.world import World
@@ -162,15 +163,18 @@ def run_one(
 
 
 def scale(taken: list[list[torch.Tensor | None]], factor: Any) -> list[list[torch.Tensor | None]]:
-    """The gradients times a number; not in place, since two parameters' gradients may be views of one tensor."""
+    """The gradients times a number; in place, unless two parameters' gradients are views of one memory."""
     present = [grad for grads in taken for grad in grads if grad is not None]
-    if present:
-        parts = [local_of(grad) for grad in present]
-        traced = isinstance(factor, torch.Tensor)
-        made = [times(part, factor) for part in parts] if traced else torch._foreach_mul(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
-        scaled = iter(with_locals(present, made))
-        taken = [[None if grad is None else next(scaled) for grad in grads] for grads in taken]
-    return taken
+    parts = [local_of(grad) for grad in present]
+    if isinstance(factor, torch.Tensor):  # of a graph, which decides by itself what is in place
+        made = [times(part, factor) for part in parts]
+    elif overlap(parts) is None:
+        torch._foreach_mul_(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
+        return taken
+    else:
+        made = torch._foreach_mul(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
+    scaled = iter(with_locals(present, made))
+    return [[None if grad is None else next(scaled) for grad in grads] for grads in taken]
 
 
 def agreed(

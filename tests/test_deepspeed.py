@@ -1,6 +1,7 @@
 """DeepSpeed, the real package, on CPU ranks: ZeRO obeys the laws of every strategy, in float32, which it knows."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
@@ -451,3 +452,16 @@ def test_a_missing_package_is_a_clear_error():
             raise SystemExit("it was found")
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def spared(rt, policies):
+    model = ff.setup_model(rt, made(), activation_checkpointing=policies)
+    return wholes(ff.value_and_grad(rt, mse)(model, *mine(rt))[1])
+
+
+@pytest.mark.parametrize("stage", ["stage 2", "stage 3"])
+def test_policies_of_activation_checkpointing(ranks, stage):
+    run = functools.partial(ranks.run, spared, strategy=strategy(ROWS[stage]), precision=SINGLE)
+    expected = run(None)
+    for policy in ("recompute", "offload", "keep_matmuls"):
+        assert testing.difference(run({policy: nn.Sequential}), expected) is None, policy

@@ -1,22 +1,15 @@
-"""What is allocated while models are set up and trained, in bytes.
-
-Counted by torch's profiler, which hears of every allocation of this thread from the allocator itself: also of what an
-operation needs for itself and drops, of what C++ alone makes (gradients, FSDP's buffers), and of when memory is let go.
-A dispatch mode would see results of operations only, and the process's own size is rounded, shared and late.
-"""
+"""What is allocated while models are set up and trained, in bytes."""
 
 import functools
-import gc
-import itertools
 
 import pytest
 import torch
 from torch import nn
-from torch.autograd.profiler import profile
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import fabricfn as ff
+from tests.allocations import allocations, made, peak
 from tests.worlds import world_of
 
 processes = world_of("processes", 2)
@@ -50,22 +43,6 @@ def mean_square(net, x):
     return net(x).square().mean()
 
 
-def allocations(fn):
-    """(result, the bytes of each allocation, those of what was let go being negative)."""
-    gc.disable()  # what waits for the collector counts as held
-    try:
-        with profile(profile_memory=True) as profiler:
-            result = fn()
-    finally:
-        gc.enable()
-    found = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    return result, [event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())]
-
-
-def peak(sizes):
-    return max(itertools.accumulate(sizes), default=0)
-
-
 # Setting up
 
 
@@ -91,7 +68,7 @@ def test_one_process_holds_one_copy_of_what_it_sets_up():
 
 def set_up_everywhere(rt, *hows):
     """Of several times, as a tensor that a thread of gloo is the last to let go of counts as held."""
-    return {how: tuple(map(min, zip(*(set_up(rt, how) for _ in range(6)), strict=True))) for how in hows}
+    return {how: tuple(map(min, zip(*(set_up(rt, how) for _ in range(5)), strict=True))) for how in hows}
 
 
 @pytest.mark.parametrize("strategy", ["flat", "ddp"])
@@ -151,10 +128,6 @@ def by_hand(rt):
     return allocations(passes)[1]
 
 
-def made(sizes):
-    return sum(size for size in sizes if size > 0)
-
-
 OPTIMIZERS = (
     (torch.optim.AdamW, {}),
     (torch.optim.Adagrad, {}),
@@ -191,3 +164,14 @@ def test_a_pure_step_allocates_what_it_returns():
     updating, whole = stepping(RT, donate=False)
     assert 3 * PARAMETERS <= made(updating) == peak(updating) < 3 * PARAMETERS + SMALL
     assert made(whole) >= 4 * PARAMETERS + made(by_hand(RT))
+
+
+def test_gradients_are_scaled_and_limited_in_place():
+    model = ff.setup_model(RT, built(), donate=True)
+    hand = by_hand(RT)
+    weighted = ff.value_and_grad(RT, lambda net, x: (net(x).square().sum(), x.numel()), weighted=True)
+    weighted(model, X)
+    (_, grads), sizes = allocations(functools.partial(weighted, model, X))
+    assert made(sizes) <= made(hand) + SMALL and peak(sizes) <= peak(hand) + SMALL
+    _, sizes = allocations(lambda: ff.clip_gradients(RT, grads, clip_val=1e-3, donate=True))
+    assert made(sizes) <= SMALL

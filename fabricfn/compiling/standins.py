@@ -135,7 +135,7 @@ def stand_in(rt: Runtime, engine: Engine) -> Engine:
             for slot in slots:
                 slot._is_param = True  # of nn.Parameter, which cannot be made of these
             net = copy_onto(engine.template, slots, [buffer.clone() for buffer in engine.template.buffers()])
-            recompute(net, ())
+            recompute(net, {})
             fresh = make_frame(net, None)
         frame.net, frame.slots, frame.places, frame.absent = net, fresh.slots, fresh.places, fresh.absent
         frame.handle = rt.strategy.attach(net, rt.world, rt.precision, frozen=not any(frame.trainable))

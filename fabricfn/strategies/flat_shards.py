@@ -1,7 +1,7 @@
 """Sharded data parallel without torch's `fully_shard`: a unit is one message, and the next one is always on its way.
 
 Units are gathered before their forward and before their part of the backward pass, let go after both, and their
-gradients leave while the backward pass goes on. What it gains: docs/decisions/0022-flat-sharded.md.
+gradients leave while the backward pass goes on. What it gains: docs/decisions/0024-flat-sharded.md.
 """
 
 from collections.abc import Callable, Sequence
