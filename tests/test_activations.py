@@ -103,6 +103,8 @@ STRATEGIES = {
     "ddp, static graph": ff.strategies.ddp(static_graph=True),
     "flat": ff.strategies.flat(),
     "fsdp": ff.strategies.fsdp(units=Block),
+    "flat_sharded": ff.strategies.flat_sharded(units=Block),
+    "flat_sharded, inner units": ff.strategies.flat_sharded(units=nn.BatchNorm1d),
     "fsdp, inner units": ff.strategies.fsdp(units=nn.BatchNorm1d),
     "model_parallel": ff.strategies.model_parallel(
         {"*.up": "colwise", "*.down": "rowwise"}, tensor_parallel=2, fsdp=False

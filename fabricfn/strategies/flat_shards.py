@@ -17,17 +17,7 @@ from fabricfn.meshes import axes_of
 from fabricfn.precision import Precision
 from fabricfn.sharding import is_sharded, with_local
 from fabricfn.strategies.flat_hooks import Flats, begin, dispatch, finish, surround
-from fabricfn.strategies.flat_units import (
-    Part,
-    Unit,
-    arrived,
-    clear,
-    let_go,
-    look,
-    make_unit,
-    need,
-    rows_of,
-)
+from fabricfn.strategies.flat_units import Part, Unit, arrived, clear, let_go, look, make_unit, need, rows_of
 from fabricfn.strategies.sharded import mixed_dtypes, refuse_transform
 from fabricfn.strategies.shards import agreed, outside, times
 from fabricfn.strategies.single import backward as run_backward, forward as run_forward, gradients as take

@@ -240,11 +240,7 @@ def send(unit: Unit, dtype: torch.dtype | None) -> None:
         for part in trained:
             grad, part.whole.grad = part.whole.grad, None
             part.reached |= grad is not None
-            grads.append(
-                torch.zeros(part.slot.shape, dtype=line.memory.dtype, device=line.memory.device)
-                if grad is None
-                else grad
-            )
+            grads.append(line.memory.new_zeros(part.slot.shape) if grad is None else grad)
         if any(grad.layout is not torch.strided for grad in grads):
             raise CapabilityError(
                 'strategy="flat_sharded" sends dense gradients alone, and one is sparse. Write strategy="ddp".'
