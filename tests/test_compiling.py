@@ -178,6 +178,19 @@ def test_inductor_compiles_it(rt):
         assert_close(eager, mine)
         torch.testing.assert_close(loss, my_loss, rtol=0, atol=ATOL)
     assert compiled.traces == 1 and compiled.seconds > 0 and "1 graphs" in repr(compiled)
+    assert_others_are_found_out(rt, compiled, *mine, x)
+
+
+def assert_others_are_found_out(rt, compiled, model, opt, *batch):
+    """Records over the same memory as those that a step gives away."""
+    other, other_opt = ff.tree_map(lambda value: value, (model, opt))
+    model, opt, *_ = compiled(model, opt, *batch)
+    with pytest.raises(ff.DonatedError, match="shares tensors"):
+        ff.apply(rt, other, batch[0])
+    _, grads = ff.value_and_grad(rt, lambda net, x: net(x).sum())(model, batch[0])
+    with pytest.raises(ff.DonatedError, match="shares tensors"):
+        ff.optimizer_step(rt, model, other_opt, grads)
+    ff.optimizer_step(rt, model, opt, grads)
 
 
 def test_numbers_that_change_are_not_traced_again(rt):
@@ -253,6 +266,15 @@ def test_what_is_given_away_is_spent_and_what_is_not_keeps_its_bits(rt):
             donating(*spoilt, x, y, 0.1, ff.key(0))
     with pytest.raises(ff.DonatedError):
         ff.optimizer_step(rt, after, opt, ff.value_and_grad(rt, mse)(after, x, y)[1])
+
+
+@pytest.mark.parametrize("backend", [BACKEND, FUNCTIONAL])
+def test_other_records_over_what_is_given_away_are_found_out(rt, backend):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1)
+    compiled = ff.compile_step(rt, make_step(rt, donate=True), backend=backend)
+    for _ in range(2):
+        assert_others_are_found_out(rt, compiled, *copies(model, opt), *make_batch(0), 0.1)
 
 
 def test_an_older_graph_over_donated_values_fails_in_backward(rt):

@@ -8,6 +8,7 @@ the tensors of a record is kept with its lease, since asking 240 tensors costs a
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from fabricfn.records import Grads, Model
 from fabricfn.states import Counter, Optimizer
 from fabricfn.tree import TreeSpec, tree_flatten, tree_unflatten
 
+_version = operator.attrgetter("_version")
 RECORDS = (Model, Optimizer, Grads, Key)
 
 
@@ -118,10 +120,10 @@ def parts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Part],
         CapabilityError: a graph cannot take it.
     """
     leaves = [*args, *kwargs.values()]
-    takes = [_TAKES.get(type(leaf)) for leaf in leaves]
+    takes = [_TAKES.get(leaf.__class__) for leaf in leaves]
     if None in takes:
         leaves, spec = tree_flatten((args, kwargs), is_record)
-        return [_TAKES.get(type(leaf), _other)(leaf) for leaf in leaves], spec
+        return [_TAKES.get(leaf.__class__, _other)(leaf) for leaf in leaves], spec
     return [take(leaf) for take, leaf in zip(takes, leaves, strict=True) if take], (len(args), *kwargs)
 
 
@@ -180,8 +182,10 @@ def _other(leaf: Any) -> Part:
 
 def _model(leaf: Model) -> Part:
     lease, scale = leaf.lease, leaf.loss_scale
-    lease.check("Model")
     known: KnownModel | None = lease.known
+    # what is known has no parts on other ranks, so there are no other versions
+    if known is None or lease.spent is not None or lease.versions != tuple(map(_version, leaf.params.values())):
+        lease.check("Model")
     if known is None or not known.fits(leaf):
         known = lease.known = know_model(leaf, known)
     return Part(leaf, known.key, known.tensors, () if scale is None else (scale.scale, scale.good_steps), known)

@@ -228,7 +228,7 @@ class Reader:
 
         def counted(call: Call) -> Counter:
             given = cast("Counter", call.parts[argument].known.leaves[at])
-            return given.later(more if count is None else int(count(call)) - given.count)
+            return given.next(more if count is None else int(count(call)) - given.count)
 
         return counted
 

@@ -123,7 +123,8 @@ def compile_step(
             `optimizer_step`, `apply`, `map_params` and operations on tensors. All Models and Optimizers that it uses
             are arguments. Trees of arguments and of results may be any.
         backend: what compiles the graph: "inductor"; another of `torch.compile`'s back ends ("aot_eager" and "eager"
-            compile nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`.
+            compile nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`, whose
+            result bumps the versions of tensors that it changes, as operations do.
         options: settings of the back end; for inductor those of `torch._inductor.config`.
         limit: how many graphs are made without a warning that names the argument that changed.
 
