@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fabricfn as ff
+from fabricfn.optimizers.skipping import SMALL
 
 BACKEND = "eager"
 """The graph as it was traced, run operation by operation."""
@@ -634,6 +635,24 @@ def test_an_overflow_in_float16_is_found():
         for one, other in zip(tensors_of(*eager), tensors_of(*mine), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     assert min(scales) < 2.0**18 and any(one < other for one, other in itertools.pairwise(scales))
+
+
+def test_large_gradients_are_looked_at_like_small_ones():
+    rt = scaled(GROWING)
+    model = ff.setup_model(rt, nn.ParameterList([torch.ones(SMALL + 1), torch.ones(3), torch.ones(1)]))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    grad_fn = ff.value_and_grad(rt, lambda net, *xs: sum((one * x).sum() for one, x in zip(net, xs, strict=True)))
+
+    def step(model, opt, *xs):
+        return ff.optimizer_step(rt, model, opt, grad_fn(model, *xs)[1])
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    for place in (None, 0, 1, 2):
+        xs = [torch.ones_like(value) for value in model.params.values()]
+        if place is not None:
+            xs[place][-1] = float("nan")
+        assert_same_scales(step(model, opt, *xs), compiled(model, opt, *xs))
+        assert (compiled(model, opt, *xs)[0].loss_scale.scale < 1024.0) is (place is not None)
 
 
 def test_two_models_in_one_loss_use_the_smaller_scale():
