@@ -127,17 +127,11 @@ class Counter:
         """The number as a 0-dim float32 tensor, not to be changed."""
         return self.tensors[self.count - self.first]
 
-    def next(self) -> "Counter":
-        """The counter after one more step."""
-        at_hand = self.count + 1 - self.first < len(self.tensors)
-        return Counter(self.count + 1, self.device, (self.first, self.tensors) if at_hand else None)
-
-    def later(self, steps: int) -> "Counter":
-        """The counter after some more steps."""
-        found = self
-        for _ in range(steps):
-            found = found.next()
-        return found
+    def next(self, steps: int = 1) -> "Counter":
+        """The counter after one more step, or some."""
+        count = self.count + steps
+        at_hand = count - self.first < len(self.tensors)
+        return Counter(count, self.device, (self.first, self.tensors) if at_hand else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Counter, (self.count, self.device))

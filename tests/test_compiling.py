@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fabricfn as ff
+from fabricfn.optimizers.skipping import SMALL
 
 BACKEND = "eager"
 """The graph as it was traced, run operation by operation."""
@@ -178,6 +179,19 @@ def test_inductor_compiles_it(rt):
         assert_close(eager, mine)
         torch.testing.assert_close(loss, my_loss, rtol=0, atol=ATOL)
     assert compiled.traces == 1 and compiled.seconds > 0 and "1 graphs" in repr(compiled)
+    assert_others_are_found_out(rt, compiled, *mine, x)
+
+
+def assert_others_are_found_out(rt, compiled, model, opt, *batch):
+    """Records over the same memory as those that a step gives away."""
+    other, other_opt = ff.tree_map(lambda value: value, (model, opt))
+    model, opt, *_ = compiled(model, opt, *batch)
+    with pytest.raises(ff.DonatedError, match="shares tensors"):
+        ff.apply(rt, other, batch[0])
+    _, grads = ff.value_and_grad(rt, lambda net, x: net(x).sum())(model, batch[0])
+    with pytest.raises(ff.DonatedError, match="shares tensors"):
+        ff.optimizer_step(rt, model, other_opt, grads)
+    ff.optimizer_step(rt, model, opt, grads)
 
 
 def test_numbers_that_change_are_not_traced_again(rt):
@@ -253,6 +267,15 @@ def test_what_is_given_away_is_spent_and_what_is_not_keeps_its_bits(rt):
             donating(*spoilt, x, y, 0.1, ff.key(0))
     with pytest.raises(ff.DonatedError):
         ff.optimizer_step(rt, after, opt, ff.value_and_grad(rt, mse)(after, x, y)[1])
+
+
+@pytest.mark.parametrize("backend", [BACKEND, FUNCTIONAL])
+def test_other_records_over_what_is_given_away_are_found_out(rt, backend):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.AdamW, lr=0.1)
+    compiled = ff.compile_step(rt, make_step(rt, donate=True), backend=backend)
+    for _ in range(2):
+        assert_others_are_found_out(rt, compiled, *copies(model, opt), *make_batch(0), 0.1)
 
 
 def test_an_older_graph_over_donated_values_fails_in_backward(rt):
@@ -612,6 +635,24 @@ def test_an_overflow_in_float16_is_found():
         for one, other in zip(tensors_of(*eager), tensors_of(*mine), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     assert min(scales) < 2.0**18 and any(one < other for one, other in itertools.pairwise(scales))
+
+
+def test_large_gradients_are_looked_at_like_small_ones():
+    rt = scaled(GROWING)
+    model = ff.setup_model(rt, nn.ParameterList([torch.ones(SMALL + 1), torch.ones(3), torch.ones(1)]))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    grad_fn = ff.value_and_grad(rt, lambda net, *xs: sum((one * x).sum() for one, x in zip(net, xs, strict=True)))
+
+    def step(model, opt, *xs):
+        return ff.optimizer_step(rt, model, opt, grad_fn(model, *xs)[1])
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    for place in (None, 0, 1, 2):
+        xs = [torch.ones_like(value) for value in model.params.values()]
+        if place is not None:
+            xs[place][-1] = float("nan")
+        assert_same_scales(step(model, opt, *xs), compiled(model, opt, *xs))
+        assert (compiled(model, opt, *xs)[0].loss_scale.scale < 1024.0) is (place is not None)
 
 
 def test_two_models_in_one_loss_use_the_smaller_scale():

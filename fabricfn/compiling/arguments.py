@@ -8,6 +8,7 @@ the tensors of a record is kept with its lease, since asking 240 tensors costs a
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -21,10 +22,10 @@ from fabricfn.optimizers import transforms
 from fabricfn.optimizers.fused import Fused
 from fabricfn.random import Key
 from fabricfn.records import Grads, Model
-from fabricfn.scaling import LossScale
 from fabricfn.states import Counter, Optimizer
 from fabricfn.tree import TreeSpec, tree_flatten, tree_unflatten
 
+_version = operator.attrgetter("_version")
 RECORDS = (Model, Optimizer, Grads, Key)
 
 
@@ -46,11 +47,28 @@ class Kinds:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Known:
-    """What is kept with the lease of a Model."""
+    """What is known of a record's tensors."""
 
     kinds: Kinds
     memory: object = dataclasses.field(default_factory=object)
     """The same object says that the tensors lie where those of another record did."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class KnownModel(Known):
+    """What is kept with the lease of a Model: about its parameters, buffers and modes, which a lease does not know."""
+
+    buffers: Any = None
+    training: Any = None
+    unscaled: bool = True
+    """It has no loss scale."""
+    key: Hashable = None
+    tensors: Sequence[torch.Tensor] = ()
+
+    def fits(self, model: Model) -> bool:
+        """Whether it is about this very record: `dataclasses.replace` keeps the lease."""
+        same = self.buffers is model.buffers and self.training is model.training
+        return same and self.unscaled is (model.loss_scale is None)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -94,13 +112,19 @@ def is_record(node: Any) -> bool:
     return type(node) in RECORDS
 
 
-def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The arguments with records as leaves, and their structure; the usual call has no containers."""
+def parts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Part], Any]:
+    """(what a call brings, records being leaves; the structure). The usual call has no containers.
+
+    Raises:
+        DonatedError: an argument was given away.
+        CapabilityError: a graph cannot take it.
+    """
     leaves = [*args, *kwargs.values()]
-    for leaf in leaves:
-        if type(leaf) not in _TAKES:
-            return tree_flatten((args, kwargs), is_record)
-    return leaves, (len(args), *kwargs)
+    takes = [_TAKES.get(leaf.__class__) for leaf in leaves]
+    if None in takes:
+        leaves, spec = tree_flatten((args, kwargs), is_record)
+        return [_TAKES.get(leaf.__class__, _other)(leaf) for leaf in leaves], spec
+    return [take(leaf) for take, leaf in zip(takes, leaves, strict=True) if take], (len(args), *kwargs)
 
 
 def unflatten(spec: Any, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -109,28 +133,6 @@ def unflatten(spec: Any, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[s
         return tree_unflatten(spec, leaves)
     count, *names = spec
     return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
-
-
-def part_of(leaf: Any) -> Part:
-    """What a call brings with this argument.
-
-    Raises:
-        DonatedError: it was given away.
-        CapabilityError: a graph cannot take it.
-    """
-    take = _TAKES.get(leaf.__class__)
-    if take is not None:
-        return take(leaf)
-    if isinstance(leaf, torch.Tensor):
-        return _tensor(leaf)
-    try:
-        hash(leaf)
-    except TypeError:
-        raise CapabilityError(
-            "a compiled step takes tensors, records of fabricfn, numbers and other values that can be compared; it got"
-            f" a {type(leaf).__name__}. Make a tensor of it, or leave it to a closure, where it is read once."
-        ) from None
-    return Part(leaf, (leaf.__class__, leaf))
 
 
 def kind_of(tensor: torch.Tensor) -> Hashable:
@@ -165,18 +167,43 @@ def _key(leaf: Key) -> Part:
     return Part(leaf, Key)
 
 
+def _other(leaf: Any) -> Part:
+    if isinstance(leaf, torch.Tensor):
+        return _tensor(leaf)
+    try:
+        hash(leaf)
+    except TypeError:
+        raise CapabilityError(
+            "a compiled step takes tensors, records of fabricfn, numbers and other values that can be compared; it got"
+            f" a {type(leaf).__name__}. Make a tensor of it, or leave it to a closure, where it is read once."
+        ) from None
+    return Part(leaf, (leaf.__class__, leaf))
+
+
 def _model(leaf: Model) -> Part:
-    lease, params, buffers, scale = leaf.lease, leaf.params, leaf.buffers, leaf.loss_scale
-    lease.check("Model")
-    known = lease.known
-    if known is None:
-        known = lease.known = Known(kinds_of(params.values()))
-    key = (Model, engine_of(leaf), known.kinds, leaf.training, tuple(buffers), *map(kind_of, buffers.values()))
-    return Part(leaf, (*key, scale is None), (*params.values(), *buffers.values()), _of_scale(scale), known)
+    lease, scale = leaf.lease, leaf.loss_scale
+    known: KnownModel | None = lease.known
+    # what is known has no parts on other ranks, so there are no other versions
+    if known is None or lease.spent is not None or lease.versions != tuple(map(_version, leaf.params.values())):
+        lease.check("Model")
+    if known is None or not known.fits(leaf):
+        known = lease.known = know_model(leaf, known)
+    return Part(leaf, known.key, known.tensors, () if scale is None else (scale.scale, scale.good_steps), known)
 
 
-def _of_scale(scale: LossScale | None) -> Sequence[float]:
-    return () if scale is None else (scale.scale, scale.good_steps)
+def know_model(leaf: Model, before: Known | None, key: Hashable = None) -> KnownModel:
+    """All that a call needs to know of a model.
+
+    Args:
+        before: what is known of its parameters.
+        key: what a graph depends on in it, where that is known.
+    """
+    params, buffers, training, unscaled = leaf.params, leaf.buffers, leaf.training, leaf.loss_scale is None
+    before = before or Known(kinds_of(params.values()))
+    if key is None:
+        key = (Model, engine_of(leaf), before.kinds, training, tuple(buffers), kinds_of(buffers.values()), unscaled)
+    tensors = (*params.values(), *buffers.values())
+    return KnownModel(before.kinds, before.memory, buffers, training, unscaled, key, tensors)
 
 
 def _grads(leaf: Grads) -> Part:
@@ -187,7 +214,8 @@ def _grads(leaf: Grads) -> Part:
     kinds = kinds_of((*given.values(), *buffers.values()))
     key = (Grads, leaf.ref.engine, leaf.ref, tuple(given), leaf.new_buffers is None, tuple(buffers), kinds)
     scale = leaf.loss_scale
-    return Part(leaf, (*key, scale is None), (*given.values(), *buffers.values()), _of_scale(scale), Known(kinds))
+    numbers = () if scale is None else (scale.scale, scale.good_steps)
+    return Part(leaf, (*key, scale is None), (*given.values(), *buffers.values()), numbers, Known(kinds))
 
 
 def _optimizer(leaf: Optimizer) -> Part:

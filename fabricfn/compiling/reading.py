@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import torch
 
-from fabricfn.compiling.arguments import Known, KnownState, is_record, kinds_of, layout_of
+from fabricfn.compiling.arguments import KnownState, is_record, know_model, layout_of
 from fabricfn.compiling.draws import KeyBits
 from fabricfn.compiling.hosted import Hosted
 from fabricfn.compiling.results import Call, Recipe, Results
 from fabricfn.compiling.standins import Standins
 from fabricfn.errors import CapabilityError
+from fabricfn.leases import NO_LEASE
 from fabricfn.random import Key
 from fabricfn.records import Grads, Model, Ref
 from fabricfn.scaling import LossScale
@@ -126,34 +127,30 @@ class Reader:
     def _model(self, leaf: Model) -> Recipe:
         values, names, training, ref = [*leaf.params.values()], tuple(leaf.params), leaf.training, self._ref(leaf.ref)
         buffer_names, buffers = tuple(leaf.buffers), self._pick([*leaf.buffers.values()])
-        scale = self._scale(leaf.loss_scale)
+        scale, key = self._scale(leaf.loss_scale), None
         source, same = self._source(leaf)
-        if source is not None:
+        params = self._pick(values) if source is None else None
 
-            def handed(call: Call) -> Model:
-                base = call.handed.get(source) or call.parts[source].given
-                if same:
-                    return base
-                new = MappingProxyType(dict(zip(buffer_names, buffers(call.pool), strict=True)))
-                return dataclasses.replace(base, training=training, buffers=new, loss_scale=scale(call))
-
-            return handed
-        params, kinds = self._pick(values), None
-
-        def new(call: Call) -> Model:
-            nonlocal kinds
+        def make(call: Call) -> Model:
+            nonlocal key
+            base: Any = None if source is None else call.handed.get(source) or call.parts[source].given
+            if same:
+                return base
             made = Model(
-                params=MappingProxyType(dict(zip(names, params(call.pool), strict=True))),
+                params=base.params
+                if params is None
+                else MappingProxyType(dict(zip(names, params(call.pool), strict=True))),
                 buffers=MappingProxyType(dict(zip(buffer_names, buffers(call.pool), strict=True))),
                 training=training,
                 loss_scale=scale(call),
                 ref=ref,
+                lease=NO_LEASE if base is None else base.lease,
             )
-            kinds = kinds or kinds_of(made.params.values())
-            made.lease.known = Known(kinds)
+            made.lease.known = known = know_model(made, made.lease.known, key)
+            key = known.key
             return made
 
-        return new
+        return make
 
     def _source(self, leaf: Model) -> tuple[int | None, bool]:
         """(the argument whose parameters these are, changed in place or not; whether the rest is the same, too)."""
@@ -231,7 +228,7 @@ class Reader:
 
         def counted(call: Call) -> Counter:
             given = cast("Counter", call.parts[argument].known.leaves[at])
-            return given.later(more if count is None else int(count(call)) - given.count)
+            return given.next(more if count is None else int(count(call)) - given.count)
 
         return counted
 

@@ -52,29 +52,32 @@ class Results:
                 if call.told[place]:
                     lose(self.spent, call)
                     raise error()
-        give_away(self.spent, call)
+        give_away(self.spent, call, counted=True)
         return tree_unflatten(self.spec, [recipe(call) for recipe in self.recipes])
 
 
-def give_away(spent: Spent, call: Call) -> None:
-    """Mark what the step gave away; its memory belongs to other records now, those of models to `call.handed`."""
+def give_away(spent: Spent, call: Call, *, counted: bool) -> None:
+    """Mark what the step gave away; its memory belongs to other records now, those of models to `call.handed`.
+
+    `counted`: the graph has bumped the versions of what it changed, as operations do.
+    """
     for place, changed in spent:
         given = call.parts[place].given
         lease = given.lease
         if type(given) is Model:
-            values = [*given.params.values()]
-            updated = None if len(changed) == len(values) else [values[i] for i in changed]
+            values = () if counted else [*given.params.values()]
+            updated = () if counted else [values[i] for i in changed]
             unbind(lease)  # what looks at the values is bound again when it is used, and not counted up at every step
             made = call.handed[place] = handed_on(given, None, call.where, updated)
             made.lease.known, made.lease.apart = lease.known, True
             continue
         lease.spend(call.where)
-        if lease.values is not None:
+        if lease.values is not None and not counted:
             bump([value for value in lease.values.values() if isinstance(value, torch.Tensor)])
 
 
 def lose(spent: Spent, call: Call) -> None:
     """After a failure in the middle: what was to be given away is lost."""
-    give_away(spent, call)
+    give_away(spent, call, counted=False)
     for model in call.handed.values():
         model.lease.spend(call.where)

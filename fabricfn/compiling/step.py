@@ -2,12 +2,11 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 
-from fabricfn.compiling.arguments import Part, flatten, part_of
+from fabricfn.compiling.arguments import Part, parts_of
 from fabricfn.compiling.describing import described, difference, names_of
 from fabricfn.compiling.graphs import Backend, Trace, trace
 from fabricfn.compiling.results import Call, lose
@@ -30,6 +29,7 @@ class CompiledStep:
         self, rt: Runtime, step_fn: Callable[..., Any], backend: Backend, options: Mapping[str, Any], limit: int
     ) -> None:
         self.rt = rt
+        self.kind = rt.device.type
         self.step_fn = step_fn
         self.backend: Backend = backend
         self.options = options
@@ -54,9 +54,8 @@ class CompiledStep:
         return f"CompiledStep({name}, {self.traces} graphs, {self.seconds:.1f} s of compiling)"
 
     def _here(self, where: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, spec = flatten(args, kwargs)
-        parts = [part_of(leaf) for leaf in leaves]
-        key = (spec, torch.is_autocast_enabled(self.rt.device.type), *[part.key for part in parts])
+        parts, spec = parts_of(args, kwargs)
+        key = (spec, torch.is_autocast_enabled(self.kind), *[part.key for part in parts])
         found = self._graphs.get(key)
         if found is None:
             names = names_of(self.step_fn, args, kwargs, spec)
@@ -79,14 +78,16 @@ class CompiledStep:
 
 def compute(rt: Runtime, found: Trace, parts: Sequence[Part], where: Place) -> Any:
     """One call: tensors and numbers into the graph, its outputs into records."""
-    inputs = [*chain.from_iterable([part.tensors for part in parts])]
-    numbers = [*chain.from_iterable([part.numbers for part in parts])]
+    inputs: list[Any] = []
+    numbers: list[float] = []
+    for part in parts:
+        inputs += part.tensors
+        numbers += part.numbers
     results = found.results
     call = Call(parts, where, inputs, numbers)
     if results.spent:
         found.guard.check(results.spent, parts, found.names)
-    passed = [*inputs]
-    passed += found.numbers.filled(numbers, parts)
+    passed = [*inputs, *found.numbers.filled(numbers, parts)]
     for block in found.blocks:
         passed += block.drawn(parts, rt.device)
     try:
@@ -122,7 +123,8 @@ def compile_step(
             `optimizer_step`, `apply`, `map_params` and operations on tensors. All Models and Optimizers that it uses
             are arguments. Trees of arguments and of results may be any.
         backend: what compiles the graph: "inductor"; another of `torch.compile`'s back ends ("aot_eager" and "eager"
-            compile nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`.
+            compile nothing, for finding mistakes); or a function `(graph_module, example_inputs) -> callable`, whose
+            result bumps the versions of tensors that it changes, as operations do.
         options: settings of the back end; for inductor those of `torch._inductor.config`.
         limit: how many graphs are made without a warning that names the argument that changed.
 

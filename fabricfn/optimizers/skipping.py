@@ -27,6 +27,8 @@ from fabricfn.world import World
 
 _foreach_norm: Callable[..., Sequence[Tensor]] = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
+SMALL = 1 << 14
+"""Numbers of a gradient that is looked at together with others, in a graph."""
 Buffers = Mapping[str, Tensor] | None
 
 
@@ -92,13 +94,20 @@ def all_finite(gradients: Sequence[Tensor | None], world: World) -> bool | Tenso
     """Whether every number is finite, on all ranks. Collective if and only if some of the gradients are sharded."""
     present = [grad for grad in gradients if grad is not None]
     if present and tracing():
-        return torch.stack([grad.isfinite().all() for grad in present]).all()
+        return _finite_in_graph(present)
     found = finite_here([local_of(grad) for grad in present])
     if world.group is None or not any(map(is_sharded, present)):
         return found  # whole gradients are the same on every rank
     flag = torch.tensor(float(found), device=world.device)
     dist.all_reduce(flag, dist.ReduceOp.MIN, group=world.group)
     return flag.item() == 1.0
+
+
+def _finite_in_graph(gradients: Sequence[Tensor]) -> Tensor:
+    # a kernel for each small one would cost more than copying them together, and a copy of a large one more than that
+    small = [grad.reshape(-1) for grad in gradients if grad.numel() <= SMALL]
+    looked_at = [grad for grad in gradients if grad.numel() > SMALL] + [torch.cat(small)] * bool(small)
+    return torch.stack([numbers.isfinite().all() for numbers in looked_at]).all()
 
 
 def finite_here(gradients: Sequence[Tensor]) -> bool:
