@@ -17,6 +17,7 @@ pytest.register_assert_rewrite(
     "tests.dtensors",
     "tests.forks",
     "tests.layouts",
+    "tests.model_parallel",
     "tests.optimizers",
     "tests.oracle",
     "tests.scales",
