@@ -16,6 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 pytest.register_assert_rewrite(
     "tests.dtensors",
     "tests.forks",
+    "tests.gates",
     "tests.layouts",
     "tests.model_parallel",
     "tests.optimizers",
