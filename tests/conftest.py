@@ -21,6 +21,7 @@ pytest.register_assert_rewrite(
     "tests.model_parallel",
     "tests.optimizers",
     "tests.oracle",
+    "tests.pipelines",
     "tests.scales",
     "tests.stores",
     "tests.torch_files",
