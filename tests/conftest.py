@@ -14,6 +14,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Their assertions tell the values, as those of the tests do.
 pytest.register_assert_rewrite(
+    "tests.commands",
     "tests.dtensors",
     "tests.forks",
     "tests.gates",
