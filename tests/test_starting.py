@@ -1,4 +1,8 @@
-"""Starting ranks: what init_runtime finds, joins and refuses, and what one rank does for all."""
+"""Starting ranks: what init_runtime finds, joins and refuses."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,8 +10,8 @@ import torch.distributed as dist
 
 import fabricfn as ff
 from fabricfn.environments import Topology, find
-from fabricfn.errors import ConfigurationError, LaunchError
-from tests.starts import TWO, meet, own
+from fabricfn.errors import ConfigurationError
+from tests.starts import TWO, meet
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -134,45 +138,12 @@ def test_who_started_this_process_is_a_pure_function_of_the_environment():
             find(wrong)
 
 
-# One rank for all
-
-
-def test_one_rank_prints(capsys):
-    rt = ff.init_runtime(accelerator="cpu")
-    ff.print(rt, "a", 1, sep="-")
-    assert capsys.readouterr().out == "a-1\n"
-
-
-def test_several_ranks_print_once(capfd):
-    ff.launch(lambda rt: ff.print(rt, "from", rt.rank), **TWO)
-    assert own(capfd.readouterr().out) == "from 0"
-
-
-def test_run_once_gives_every_rank_the_result_or_the_error():
-    def fn(rt):
-        result = ff.run_once(rt, lambda: {"by": rt.rank, "x": torch.arange(3)})
-        errors = []
-        for bad in (lambda: {}[1], lambda: lambda: None):
-            try:
-                ff.run_once(rt, bad)
-            except (KeyError, LaunchError) as error:
-                errors.append(type(error).__name__)
-        return result["by"], result["x"].tolist(), errors
-
-    assert ff.launch(fn, **TWO) == [(0, [0, 1, 2], ["KeyError", "LaunchError"])] * 2
-
-
-def test_rank_zero_goes_first(tmp_path):
-    def fn(rt):
-        with ff.rank_zero_first(rt):
-            found = (tmp_path / "cache").exists()
-            (tmp_path / "cache").touch()
-        try:
-            with ff.rank_zero_first(rt):
-                entered = True
-                raise OSError("disk full")
-        except OSError as error:
-            entered = rt.rank == 0
-            return found, entered, str(error)
-
-    assert ff.launch(fn, **TWO) == [(False, True, "disk full"), (True, False, "disk full")]
+def test_importing_needs_no_launcher_and_starts_nothing():
+    code = (
+        "import fabricfn as ff\n"
+        "for name in ff.__all__: getattr(ff, name)\n"
+        "import threading, torch.distributed as dist\n"
+        "assert not dist.is_initialized() and threading.active_count() == 1\n"
+    )
+    environ = {**os.environ, "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "nowhere.invalid"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environ)
