@@ -14,11 +14,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Their assertions tell the values, as those of the tests do.
 pytest.register_assert_rewrite(
+    "tests.commands",
     "tests.dtensors",
     "tests.forks",
+    "tests.gates",
     "tests.layouts",
+    "tests.model_parallel",
     "tests.optimizers",
     "tests.oracle",
+    "tests.pipelines",
     "tests.scales",
     "tests.stores",
     "tests.torch_files",

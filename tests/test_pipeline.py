@@ -7,113 +7,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import fabricfn as ff
 from fabricfn import testing
-from fabricfn.sharding import local_of
 from fabricfn.testing import cases
+from tests.pipelines import (
+    COUNTING,
+    DROPPED,
+    EIGHT,
+    FOUR,
+    INPUTS,
+    NET,
+    TARGET,
+    TWO,
+    Net,
+    Odd,
+    X,
+    alone,
+    count,
+    count_single,
+    cross_entropy,
+    mine,
+    raised,
+    run,
+    steps,
+    train,
+    train_single,
+    whole_loss,
+)
 from tests.worlds import world_of
 
-VOCAB, WIDTH, TIME, ROWS = 11, 6, 5, 16
-
-
-class Block(nn.Module):
-    def __init__(self, dropout):
-        super().__init__()
-        self.norm, self.mix = nn.LayerNorm(WIDTH), nn.Linear(TIME, TIME)
-        self.up, self.down, self.drop = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH), nn.Dropout(dropout)
-
-    def forward(self, x):
-        x = x + self.drop(self.mix(x.transpose(1, 2)).transpose(1, 2))
-        return x + self.drop(self.down(F.gelu(self.up(self.norm(x)))))
-
-
-class Net(nn.Module):
-    """A small language model: the user's code knows nothing of stages."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.embed, self.pos = nn.Embedding(VOCAB, WIDTH), nn.Parameter(torch.zeros(TIME, WIDTH))
-        self.blocks = nn.ModuleList([Block(dropout) for _ in range(6)])
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB)
-
-    def begin(self, tokens):
-        return self.embed(tokens) + self.pos
-
-    def forward(self, tokens):
-        x = self.begin(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-FIRST = (["embed", "pos"], Net.begin)
-BLOCKS = [f"blocks.{i}" for i in range(6)]
-TWO = [
-    (["embed", "pos", "blocks.0"], lambda net, tokens: net.blocks[0](net.begin(tokens))),
-    [*BLOCKS[1:], "norm", "head"],
-]
-FOUR = [FIRST, BLOCKS[:1], BLOCKS[1:4], [*BLOCKS[4:], "norm", "head"]]
-EIGHT = [FIRST, *([block] for block in BLOCKS), ["norm", "head"]]
-
-NET, DROPPED = cases.initialised(Net(), 3), cases.initialised(Net(0.3), 3)  # not in the ranks: one generator a process
-TOKENS = torch.randint(VOCAB, (ROWS, TIME + 1), generator=torch.Generator().manual_seed(5))
-INPUTS, TARGET = TOKENS[:, :-1].contiguous(), TOKENS[:, 1:].contiguous()
-
-
-def cross_entropy(output, target):
-    return F.cross_entropy(output.flatten(0, 1), target.flatten())
-
-
-def whole_loss(net, tokens, target):
-    return cross_entropy(net(tokens), target)
-
-
 ranks = world_of("processes", 4)
-
-
-def run(ranks, fn, *args, stages, world_size, precision="64-true", **options):
-    strategy = ff.strategies.pipeline(stages, **options)
-    return ranks.run(fn, *args, strategy=strategy, world_size=world_size, precision=precision)
-
-
-def alone(fn, *args, strategy="single", precision="64-true"):
-    with testing.threads(1) as one:
-        return one.run(fn, *args, strategy=strategy, precision=precision)[0]
-
-
-def mine(rt, tensor):
-    return tensor.chunk(rt.world_size)[rt.rank]
-
-
-def steps(rt, grad_fn, *batch, net=NET, num=3, donate=True, start=None):
-    """A few clipped steps of SGD: (losses, norms, parameters)."""
-    model = ff.setup_model(rt, copy.deepcopy(net))
-    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.3, momentum=0.9)
-    if start is not None:
-        loaded = ff.load(rt, start, {"model": model, "opt": opt}, donate=True)
-        model, opt = loaded["model"], loaded["opt"]
-    seen = []
-    for _ in range(num):
-        loss, grads = grad_fn(model, *batch)
-        grads, norm = ff.clip_gradients(rt, grads, max_norm=0.5, donate=donate)
-        model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
-        seen.append((loss, norm))
-    return seen, ff.gather_params(rt, model), model, opt
-
-
-def train(rt, schedule, num_microbatches, donate=True):
-    grad_fn = ff.pipeline_value_and_grad(rt, cross_entropy, num_microbatches=num_microbatches, schedule=schedule)
-    seen, params, model, _ = steps(rt, grad_fn, mine(rt, INPUTS), mine(rt, TARGET), donate=donate)
-    held = sum(local_of(value).numel() for value in model.params.values())
-    assert held == sum(slot.numel() for slot in model.ref.engine.frames[0].slots if not slot.is_meta)
-    return [(loss.item(), norm.item()) for loss, norm in seen], params, held
-
-
-def train_single(rt):
-    return steps(rt, ff.value_and_grad(rt, whole_loss), INPUTS, TARGET)[:2]
 
 
 CASES = {
@@ -167,19 +92,6 @@ def test_dropout_draws_the_same_bits_on_any_number_of_ranks(ranks):
     assert not torch.equal(run(ranks, dropped, "1f1b", 2, stages=FOUR, world_size=1)[0][0], loss)
 
 
-def test_every_stage_and_micro_batch_draws_its_own_numbers():
-    def share(rt):
-        model = ff.setup_model(rt, nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)))
-        value_fn = ff.pipeline_value(
-            rt, lambda output, target: (output.sum(), output != 0), num_microbatches=2, has_aux=True
-        )
-        _, aux = value_fn(model, torch.ones(2, 4000), torch.zeros(2), rng=ff.key(3))
-        return [kept.double().mean().item() for kept in aux], torch.equal(*aux)
-
-    kept, alike = alone(share, strategy=ff.strategies.pipeline([["0"], ["1"]]))
-    assert kept == pytest.approx([0.25, 0.25], abs=0.03) and not alike
-
-
 def go_on(rt, schedule, path, start):
     grad_fn = ff.pipeline_value_and_grad(rt, cross_entropy, num_microbatches=4, schedule=schedule)
     batch = mine(rt, INPUTS), mine(rt, TARGET)
@@ -210,81 +122,6 @@ def test_checkpoints_go_to_single_and_back_bit_for_bit(ranks, tmp_path):
     ]
     assert testing.difference(ends[0], ends[1], 0.0) is None
     assert testing.difference(ends[0], params, 1e-3) is not None
-
-
-class Counting(nn.Module):
-    """Stages that change buffers, pass several tensors on (one is not contiguous), and return a tree at the end."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
-        self.second, self.late = nn.Linear(4, 4), nn.BatchNorm1d(4)
-        self.left, self.right = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
-
-    def begin(self, x, shift):
-        return self.bn(self.first(x + shift)).T, x.sum(1, keepdim=True), torch.arange(len(x), device=x.device)
-
-    def end(self, h, total, index):
-        scale = self.left.unsqueeze(0) + self.right.unsqueeze(0)  # autograd gives both views of one gradient
-        return {"y": self.late(self.second(h.T)) * scale + total, "index": index}
-
-    def forward(self, x, shift):
-        return self.end(*self.begin(x, shift))
-
-
-COUNTING = [(["first", "bn"], Counting.begin), (["second", "late", "left", "right"], Counting.end)]
-COUNTED = cases.initialised(Counting(), 4)
-X = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def weighed(output, target):
-    error = (output["y"] - target["y"]).square().sum(1) * target["weight"]
-    return (error.sum(), target["weight"].sum()), {"last": output["index"][-1], "rows": len(error), "error": error}
-
-
-def parts(rt):
-    weight = torch.arange(1, 9, dtype=torch.float64)
-    return (mine(rt, X), mine(rt, X + 1)), {"y": mine(rt, Y), "weight": mine(rt, weight)}
-
-
-def stepped(rt, model, grads):
-    return ff.optimizer_step(rt, model, ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1), grads)[0]
-
-
-OPTIONS = {"has_aux": True, "weighted": True}
-
-
-def count(rt):
-    model = ff.setup_model(rt, copy.deepcopy(COUNTED))
-    num = 8 // rt.world_size // 2
-    grad_fn = ff.pipeline_value_and_grad(rt, weighed, num_microbatches=num, schedule="gpipe", buffers="mean", **OPTIONS)
-    (loss, aux), grads = grad_fn(model, *parts(rt))
-    model = stepped(rt, model, grads)
-    value_fn = ff.pipeline_value(rt, weighed, num_microbatches=2, schedule="gpipe", **OPTIONS)
-    value, found = value_fn(ff.eval_mode(model), *parts(rt))
-    return (
-        loss,
-        aux,
-        ff.gather_params(rt, model),
-        dict(model.buffers),
-        value,
-        torch.cat([one["error"] for one in found]),
-    )
-
-
-def count_single(rt):
-    def loss_fn(net, x, shift, y, weight):
-        return weighed(net(x, shift), {"y": y, "weight": weight})
-
-    model = ff.setup_model(rt, copy.deepcopy(COUNTED))
-    (x, shift), target = parts(rt)
-    batch = (x, shift, target["y"], target["weight"])
-    rows = list(zip(*(tensor.chunk(4) for tensor in batch), strict=True))
-    (loss, aux), grads = ff.accumulate(rt, loss_fn, **OPTIONS)(model, rows)
-    model = stepped(rt, model, grads)
-    value, found = ff.value(rt, loss_fn, **OPTIONS)(ff.eval_mode(model), *batch)
-    return loss, aux, ff.gather_params(rt, model), dict(model.buffers), value, found["error"]
 
 
 def test_buffers_weights_aux_trees_and_values(ranks):
@@ -331,14 +168,6 @@ def test_precisions_other_values_and_the_loss_scale(ranks, precision):
 # What is refused, before the damage
 
 
-def raised(rt, fn, *args):
-    try:
-        fn(rt, *args)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
-
-
 def wrong(rt, case):
     inputs, target, options = INPUTS, TARGET, {"num_microbatches": 4}
     if case == "rows":
@@ -379,26 +208,6 @@ def test_the_same_error_on_every_rank(ranks, case, stages, kind, text):
     found = run(ranks, raised, wrong, case, stages=stages, world_size=2)
     assert [name for name, _ in found] == [kind] * 2, found
     assert all(text in message for _, message in found), found
-
-
-class Odd(nn.Module):
-    """Stages that do what they should not; the second one has a parameter that no loss depends on."""
-
-    def __init__(self, spare=False):
-        super().__init__()
-        self.first, self.second, self.calls = nn.Linear(3, 3), nn.Linear(3, 3), 0
-        if spare:
-            self.second.spare = nn.Parameter(torch.zeros(2))
-
-    def shrinking(self, x):
-        self.calls += 1
-        return self.first(x)[: len(x) if self.calls < 4 else 1]
-
-    def picking(self, x):
-        return self.first(x)[x.sum(1) > 0]
-
-    def naming(self, x):
-        return {"h": self.first(x)}
 
 
 def odd(rt, loss_fn, spare=False):
@@ -446,68 +255,6 @@ def test_a_parameter_without_a_gradient_is_named_on_every_rank(ranks):
     first, second = ends(ranks, begin, fn=spare)
     assert first[0] == "MismatchError" and "second.spare" in first[1]
     assert second[0] == "GradientError" and "second.spare" in second[1]
-
-
-# What is refused before any batch
-
-
-def refusals(rt):
-    model = ff.setup_model(rt, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
-    calls = (
-        lambda: ff.value_and_grad(rt, lambda net, x: net(x).sum())(model, X),
-        lambda: ff.value(rt, lambda net, x: net(x).sum())(model, X),
-        lambda: ff.apply(rt, model, X),
-        lambda: ff.setup_model(rt, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), compile=True),
-        lambda: ff.pipeline_value_and_grad(rt, F.mse_loss, num_microbatches=1)([model], X, X),
-        lambda: ff.pipeline_value_and_grad(rt, F.mse_loss, num_microbatches=0),
-        lambda: ff.pipeline_value(rt, F.mse_loss, num_microbatches=2, schedule="zigzag"),
-    )
-    return [raised(rt, lambda rt, call=call: call())[0] for call in calls]
-
-
-def test_what_needs_the_whole_net_is_refused():
-    expected = ["CapabilityError"] * 3 + ["ModelError"] + ["ConfigurationError"] * 3
-    strategy = ff.strategies.pipeline([["0"], ["1"]])
-    for world_size in (1, 2):
-        assert testing.run(refusals, world_size=world_size, strategy=strategy) == [expected] * world_size
-
-
-def test_other_strategies_are_refused():
-    with pytest.raises(ff.ConfigurationError, match="strategy='single'"):
-        testing.run(lambda rt: ff.pipeline_value(rt, F.mse_loss, num_microbatches=1), world_size=1)
-
-
-@pytest.mark.parametrize(
-    ("stages", "text"),
-    [
-        ([], "no stage"),
-        (["embed", "head"], "stage 0 is 'embed'"),
-        ([["embed"], []], "stage 1 is"),
-    ],
-)
-def test_stages_are_lists_of_names(stages, text):
-    with pytest.raises(ff.ConfigurationError, match=text):
-        ff.strategies.pipeline(stages)
-
-
-@pytest.mark.parametrize(
-    ("stages", "text"),
-    [
-        ([["embed", "pos"], BLOCKS], "stage 0 names 'pos', which is no sub-module"),
-        ([FIRST, [*BLOCKS, "norm"]], "head.weight belongs to no stage"),
-        ([FIRST, ["blocks"], ["blocks.5", "norm", "head"]], "blocks.5.mix.weight belongs to the stages 1, 2"),
-        ([FIRST, ["tail"]], "names 'tail'"),
-    ],
-)
-def test_stages_fit_the_net(stages, text):
-    with pytest.raises(ff.ModelError, match=text):
-        testing.run(lambda rt: ff.setup_model(rt, Net()), strategy=ff.strategies.pipeline(stages), world_size=1)
-
-
-@pytest.mark.parametrize(("stages", "options"), [(TWO, {"pipeline_parallel": 4}), (FOUR, {"pipeline_parallel": 3})])
-def test_stages_are_dealt_out_evenly(stages, options):
-    with pytest.raises(ff.ConfigurationError, match="pipeline_parallel=[24]"):
-        testing.run(lambda rt: rt.rank, strategy=ff.strategies.pipeline(stages, **options), world_size=4)
 
 
 def guide(rt, text):

@@ -1,46 +1,20 @@
-"""Keys decide every random number of a step; global generators are captured, put back, and otherwise left alone."""
+"""Keys, and global generators: captured, put back, and otherwise left alone."""
 
-import dataclasses
 import random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 import fabricfn as ff
 from fabricfn.random import device_generator, seeded
-from tests.worlds import world_of
+from tests.generators import draws, generators_put_back
 
+put_back = generators_put_back()
 CPU = torch.device("cpu")
-STRATEGIES = {"single": ff.strategies.single, "ddp": ff.strategies.ddp, "functional": ff.strategies.functional}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-ranks = world_of("processes", 4)
-
-
-@pytest.fixture(autouse=True)
-def put_back():
-    """Every test leaves the global generators of this process as they were."""
-    before = ff.random_state()
-    yield
-    ff.set_random_state(before)
-
-
-def draws(num=5):
-    """The next numbers of every global generator, of each kind that keeps some in hand."""
-    return (
-        torch.rand(num).tolist(),
-        torch.randn(3).tolist(),
-        np.random.random(num).tolist(),
-        np.random.standard_normal(3).tolist(),
-        [random.random() for _ in range(num)],
-        random.gauss(0, 1),
-    )
 
 
 # Keys
@@ -155,23 +129,6 @@ def test_a_state_is_saved_and_loaded_to_the_bit(tmp_path):
     assert not list((tmp_path / "state").rglob("*.pkl"))
 
 
-def each_rank_goes_on(rt, folder):
-    ff.seed_everything(10 + rt.rank)
-    draws()
-    ff.save(rt, folder, {"random": ff.all_gather(rt, ff.random_state())})
-    expected = draws()
-    like = ff.all_gather(rt, ff.random_state())
-    rows = ff.load(rt, folder, like={"random": like})["random"]
-    ff.set_random_state(ff.tree_map(lambda states: states[rt.rank], rows))
-    return draws() == expected, expected
-
-
-def test_the_states_of_all_ranks_are_saved_by_gathering_them(ranks, tmp_path):
-    found = ranks.run(each_rank_goes_on, tmp_path / "ranks", world_size=2, strategy="ddp")
-    assert [same for same, _ in found] == [True, True]
-    assert found[0][1] != found[1][1], "the ranks had numbers of their own"
-
-
 WRONG = {
     "no tensor": (lambda state: {"python": 3}, "a int, not a tensor"),
     "two rows": (lambda state: {"torch": torch.stack([state["torch"]] * 2)}, r"\[2, 5056\], not torch.uint8 \[5056\]"),
@@ -252,186 +209,3 @@ def test_workers_draw_by_runtime_seed_epoch_and_rank_whatever_was_seeded():
     numbers = [number for rows in found.values() for one in rows for number in one]
     assert len(set(numbers)) == len(numbers) == 4 * 4 * 3, "all seeds, ranks, epochs and workers draw other numbers"
     assert augmentations(2, 0, 1, 0) == found[0, 1, 0]
-
-
-# Dropout
-
-
-def dropout_net(checkpointed=None):
-    """A net whose two masks a loss can see; the middle is recomputed when `checkpointed` is "reentrant" or "not"."""
-    torch.manual_seed(3)
-    return Dropped(checkpointed).double()
-
-
-class Dropped(nn.Module):
-    def __init__(self, checkpointed):
-        super().__init__()
-        self.checkpointed = checkpointed
-        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 1)
-        self.middle = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.3))
-
-    def forward(self, x):
-        x = nn.functional.dropout(self.first(x), 0.5, self.training)
-        if self.checkpointed is None:
-            x = self.middle(x)
-        else:
-            x = checkpoint(self.middle, x, use_reentrant=self.checkpointed == "reentrant")
-        return self.last(x)
-
-
-def data(rows=8, seed=0):
-    return torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def mean_square(net, x):
-    return net(x).square().mean()
-
-
-def squares(net, x):
-    return net(x).square().sum(), len(x)
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-# functional refuses reentrant checkpoints by a CapabilityError, whatever the key: tests/test_hard_losses.py.
-CHECKPOINTS = [
-    *(("single", "reentrant"), ("single", "not"), ("ddp", "reentrant"), ("ddp", "not")),
-    ("functional", "not"),
-]
-
-
-@pytest.mark.parametrize(("strategy", "checkpointed"), CHECKPOINTS)
-def test_recomputed_activations_are_dropped_alike(one_rank, strategy, checkpointed):
-    rt = one_rank(strategy)
-    (plain_loss, plain), (loss, grads) = (
-        ff.value_and_grad(rt, mean_square)(ff.setup_model(rt, dropout_net(kind)), data(), rng=ff.key(5))
-        for kind in (None, checkpointed)
-    )
-    assert torch.equal(loss, plain_loss) and same(grads.params, plain.params)
-    other, _ = ff.value_and_grad(rt, mean_square)(ff.setup_model(rt, dropout_net()), data(), rng=ff.key(6))
-    assert other != loss
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@given(ran=st.lists(st.sampled_from(["step", "seed", "draw", "apply", "value", "failure"]), max_size=4))
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_masks_are_a_function_of_the_key_whatever_ran_before(one_rank, strategy, ran):
-    rt = one_rank(strategy)
-    model = ff.setup_model(rt, dropout_net())
-    grad_fn = ff.value_and_grad(rt, mean_square)
-    expected, grads = grad_fn(model, data(), rng=ff.fold_in(ff.key(0), 7))
-    for what in ran:
-        if what == "step":
-            grad_fn(model, data(3), rng=ff.fold_in(ff.key(0), 6))
-        elif what == "seed":
-            ff.seed_everything(1)
-        elif what == "draw":
-            torch.randn(3)
-        elif what == "apply":
-            ff.apply(rt, model, data(), rng=ff.key(1))
-        elif what == "value":
-            ff.value(rt, mean_square)(model, data(2))
-        else:
-            with pytest.raises(RuntimeError):
-                grad_fn(model, torch.ones(1, 3), rng=ff.key(2))
-    again, grads_again = grad_fn(model, data(), rng=ff.fold_in(ff.key(0), 7))
-    assert torch.equal(again, expected) and same(grads_again.params, grads.params)
-
-
-def masked_step(rt, micro_per_rank, whole, checkpointed=None):
-    """The gradient and the masks of a global batch of four micro-batches, cut contiguously over ranks."""
-    model = ff.setup_model(rt, dropout_net(checkpointed))
-    mine = whole.chunk(4)[rt.rank * micro_per_rank : (rt.rank + 1) * micro_per_rank]
-
-    def loss_fn(net, x):
-        with seeded_like_the_loss():
-            mask = torch.rand(6)
-        total, weight = squares(net, x)
-        return (total, weight), mask
-
-    key = ff.fold_in(ff.key(1), 2)
-    (loss, masks), grads = ff.accumulate(rt, loss_fn, has_aux=True, weighted=True)(model, [(x,) for x in mine], rng=key)
-    result = {"loss": loss, "grads": dict(grads.params), "masks": masks}
-    if micro_per_rank == 1:
-        (_, mask), one = ff.value_and_grad(rt, loss_fn, has_aux=True, weighted=True)(model, mine[0], rng=key)
-        result["alone"] = {"mask": mask, "grads": dict(one.params)}
-        result["value"] = ff.value(rt, squares, weighted=True)(model, mine[0], rng=key)
-    return result
-
-
-class seeded_like_the_loss:
-    """What is drawn here is undone, so that the masks of the net stay those it has without looking."""
-
-    def __enter__(self):
-        self.state = torch.get_rng_state()
-
-    def __exit__(self, *_):
-        torch.set_rng_state(self.state)
-
-
-@pytest.mark.parametrize(("strategy", "checkpointed"), [("ddp", None), ("functional", None), *CHECKPOINTS[2:]])
-def test_masks_depend_on_the_micro_batch_and_not_on_how_the_ranks_share_them(ranks, strategy, checkpointed):
-    whole = data(12)
-    one = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
-    oracle = masked_step(one, 4, whole)
-    assert len({tuple(mask.tolist()) for mask in oracle["masks"]}) == 4, "each micro-batch has masks of its own"
-    for world_size in (1, 2, 4):
-        options = {"strategy": strategy, "precision": 64, "world_size": world_size}
-        found = ranks.run(masked_step, 4 // world_size, whole, checkpointed, **options)
-        masks = [mask for one in found for mask in one["masks"]]
-        assert torch.equal(torch.stack(masks), torch.stack(oracle["masks"]))
-        for result in found:
-            torch.testing.assert_close(result["grads"], oracle["grads"], rtol=0, atol=1e-14)
-            torch.testing.assert_close(result["loss"], oracle["loss"], rtol=1e-15, atol=0)
-        if world_size == 4:
-            for result, mask in zip(found, oracle["masks"], strict=True):
-                assert torch.equal(result["alone"]["mask"], mask)
-                assert same(result["alone"]["grads"], result["grads"])
-                assert torch.equal(result["value"], result["loss"])
-
-
-def test_apply_under_a_key_inside_a_loss_leaves_the_masks_around_it_alone(one_rank):
-    rt = one_rank()
-    model, teacher = ff.setup_model(rt, dropout_net()), ff.setup_model(rt, dropout_net())
-
-    def loss_fn(net, x, inside):
-        first = net(x)
-        target = ff.apply(rt, teacher, x, rng=ff.key(9)) if inside else 0.0
-        second = net(x)
-        return (first * second).mean(), (first.detach(), second.detach(), target)
-
-    grad_fn = ff.value_and_grad(rt, loss_fn, has_aux=True)
-    (_, without), _ = grad_fn(model, data(), False, rng=ff.key(1))
-    (_, within), _ = grad_fn(model, data(), True, rng=ff.key(1))
-    assert torch.equal(without[0], within[0]) and torch.equal(without[1], within[1])
-    assert not torch.equal(within[0], within[1])
-    assert torch.equal(within[2], ff.apply(rt, teacher, data(), rng=ff.key(9)))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_teacher_with_dropout_draws_from_the_same_key(one_rank, strategy):
-    rt = one_rank(strategy)
-    model = ff.setup_model(rt, dropout_net())
-    teacher = ff.map_params(torch.clone, model)
-
-    def distance(net, target, x):
-        return (net(x) - target(x)).square().mean()
-
-    grad_fn = ff.value_and_grad(rt, distance)
-    loss, grads = grad_fn(model, teacher, data(), rng=ff.key(1))
-    assert loss > 0, "the two have equal values and masks of their own"
-    again, grads_again = grad_fn(model, teacher, data(), rng=ff.key(1))
-    assert torch.equal(loss, again) and same(grads.params, grads_again.params)
-    calm, _ = grad_fn(ff.eval_mode(model), ff.eval_mode(teacher), data(), rng=ff.key(1))
-    assert calm == 0
-
-
-def test_a_key_of_another_runtime_record_is_just_a_key(one_rank):
-    rt = one_rank()
-    model = ff.setup_model(rt, dropout_net())
-    other = dataclasses.replace(rt, seed=99)
-    assert torch.equal(
-        ff.apply(rt, model, data(), rng=ff.key(4)), ff.apply(other, model, data(), method="forward", rng=ff.key(4))
-    )

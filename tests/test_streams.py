@@ -7,48 +7,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from fabricfn.data import batches, setup_dataloader
 from fabricfn.errors import DataError, UnevenBatchesWarning
 from fabricfn.order import Deal
-from fabricfn.precision import Precision
 from fabricfn.records import Cursor
-from fabricfn.runtimes import Runtime
-from fabricfn.strategies.single import single
-from fabricfn.streams import dealt, sample_digest
-from fabricfn.testing import processes, threads
-from fabricfn.votes import with_next
-from fabricfn.world import World
-
-workers = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
-
-
-def ranks_of(world_size, seed=0):
-    return [
-        Runtime(world=World(rank=rank, world_size=world_size), precision=Precision(), strategy=single(), seed=seed)
-        for rank in range(world_size)
-    ]
-
-
-ONE = ranks_of(1)[0]
-
-
-def lists(found):
-    return [batch.tolist() for batch in found]
-
-
-class Stream(IterableDataset):
-    """0 .. num - 1, without a length; `read` counts what this process took."""
-
-    def __init__(self, num):
-        self.num = num
-        self.read = 0
-
-    def __iter__(self):
-        for place in range(self.num):
-            self.read += 1
-            yield place
+from fabricfn.streams import dealt
+from tests.feeds import ONE, lists, ranks_of, workers
+from tests.streams import Stream, model
 
 
 class Sized(Stream):
@@ -91,22 +58,6 @@ def of_ranks(world_size, dataset, cursor=0, tail="spread", seed=0, **options):
     for rt in ranks_of(world_size, seed):
         loader = setup_dataloader(rt, DataLoader(dataset, **options), tail=tail)
         found.append(lists(batches(rt, loader, cursor)))
-    return found
-
-
-def model(num, deal, start=0):
-    """The law, written down: rank -> its batches."""
-    found = [[] for _ in range(deal.world_size)]
-    for begin in range(start, num, deal.step_size):
-        step = range(num)[begin : begin + deal.step_size]
-        if len(step) < deal.step_size and deal.tail == "drop":
-            break
-        for rank in range(deal.world_size):
-            rows = list(step[rank :: deal.world_size])
-            if len(step) < deal.world_size:
-                found[rank][-1].extend(rows)
-            else:
-                found[rank].append(rows)
     return found
 
 
@@ -282,111 +233,3 @@ def test_uneven_last_steps_are_said_where_the_length_is_known():
     with pytest.warns(UnevenBatchesWarning, match="13 samples on 2 ranks.*weighted=True") as seen:
         setup_dataloader(ranks_of(2)[0], DataLoader(Sized(13), batch_size=4))
     assert [warning.filename for warning in seen] == [__file__]
-
-
-# Real ranks
-
-
-class SharesOverRanks(Stream):
-    def __init__(self, num, rt):
-        super().__init__(num)
-        self.rank, self.world_size = rt.rank, rt.world_size
-
-    def __iter__(self):
-        return iter(range(self.rank, self.num, self.world_size))
-
-
-class EndsEarly(Stream):
-    def __init__(self, num, rt):
-        super().__init__(num - 4 * rt.rank)
-
-
-class Fails(Stream):
-    def __init__(self, num, rt):
-        super().__init__(num)
-        self.fails = rt.rank == 1
-
-    def __iter__(self):
-        for place in range(self.num):
-            if self.fails and place == 6:
-                raise ValueError("a torn file")
-            yield place
-
-
-def plain_epochs(rt, num_workers):
-    loader = setup_dataloader(rt, DataLoader(Stream(23), batch_size=3, num_workers=num_workers))
-    pairs = [(b.tolist(), c) for b, c in batches(rt, loader, with_cursor=True)]
-    return pairs, lists(batches(rt, loader, 1)), lists(batches(rt, loader, pairs[1][1]))
-
-
-def outcome(rt, dataset, num_workers=0):
-    loader = setup_dataloader(rt, DataLoader(dataset(24, rt), batch_size=2, num_workers=num_workers))
-    found = []
-    try:
-        for batch in batches(rt, loader):
-            found.append(batch.tolist())
-    except (DataError, ValueError) as error:
-        return found, f"{type(error).__name__}: {error}"
-    return found, ""
-
-
-def stops_together(rt, tail):
-    dataset = EndsEarly(20, rt)
-    loader = setup_dataloader(rt, DataLoader(dataset, batch_size=2), shard=False, tail=tail)
-    return len(list(batches(rt, loader)))
-
-
-@workers
-def test_ranks_end_together():
-    with processes(2) as world:
-        for num_workers in (0, 2):
-            for rank, (pairs, epoch, rest) in enumerate(world.run(plain_epochs, num_workers)):
-                expected = model(23, Deal(num_samples=23, world_size=2, batch_size=3))[rank]
-                assert [rows for rows, _ in pairs] == expected == epoch
-                assert [cursor for _, cursor in pairs] == [
-                    Cursor(index=6),
-                    Cursor(index=12),
-                    Cursor(index=18),
-                    Cursor(epoch=1),
-                ]
-                assert rest == expected[2:]
-        for num_workers in (0, 1):
-            for found, text in world.run(outcome, SharesOverRanks, num_workers):
-                assert found == []
-                assert "its first sample is not the same" in text and "shard=False" in text
-        for rank, (found, text) in enumerate(world.run(outcome, EndsEarly)):
-            assert len(found) <= 5
-            assert "ended earlier on some ranks than on others: after 5 batches on one" in text
-            assert f"rank {rank} has {5 if rank else 6}" in text
-        first, second = world.run(outcome, Fails)
-        assert first[0] == [[0, 2]] and "another rank failed to read its next batch" in first[1]
-        assert second == ([[1, 3]], "ValueError: a torn file")
-        assert world.run(stops_together, "drop") == [8, 8]
-        assert world.run(stops_together, "spread") == [10, 8], "all of it is the loader's"
-
-
-def test_ranks_that_are_threads_end_together():
-    with threads(3) as world:
-        found = world.run(plain_epochs, 0)
-    assert [pairs_of[1] for pairs_of in found] == model(23, Deal(num_samples=23, world_size=3, batch_size=3))
-
-
-def test_reading_ahead_takes_one_batch_and_says_which_is_the_last():
-    source = iter(range(3))
-    pairs = with_next(source, World(), int, strict=True)
-    assert next(pairs) == (0, False)
-    assert next(source) == 2, "1 was read ahead, and no more"
-    assert list(pairs) == [(1, True)]
-
-
-def test_digests_of_samples():
-    same = {"x": torch.arange(6).view(2, 3).T, "y": ["a", 1, np.ones(2)], "z": object()}
-    assert sample_digest(same) == sample_digest({**same, "z": object()})
-    others = [
-        {**same, "x": torch.arange(6).view(3, 2)},
-        {**same, "y": ["a", 2, np.ones(2)]},
-        {},
-        torch.ones(2),
-        torch.ones(3),
-    ]
-    assert len({sample_digest(other) for other in [same, *others]}) == 6

@@ -11,25 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 
 import fabricfn as ff
 from fabricfn.data import batches, setup_dataloader
-from fabricfn.precision import Precision
 from fabricfn.records import Cursor
-from fabricfn.runtimes import Runtime
 from fabricfn.seeding import Seeded
-from fabricfn.strategies.single import single
-from fabricfn.world import World
+from tests.feeds import ranks_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create",
     "ignore:This process .* is multi-threaded",
     "ignore::fabricfn.errors.UnevenBatchesWarning",
 )
-
-
-def ranks_of(world_size, seed=0):
-    return [
-        Runtime(world=World(rank=rank, world_size=world_size), precision=Precision(), strategy=single(), seed=seed)
-        for rank in range(world_size)
-    ]
 
 
 class Noise(Dataset):
