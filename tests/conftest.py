@@ -1,6 +1,7 @@
 """What several test files share: runtimes of one rank on which every strategy drives its real engine."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +15,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Their assertions tell the values, as those of the tests do.
 pytest.register_assert_rewrite(
-    "tests.commands",
-    "tests.dtensors",
-    "tests.forks",
-    "tests.gates",
-    "tests.layouts",
-    "tests.model_parallel",
-    "tests.optimizers",
-    "tests.oracle",
-    "tests.pipelines",
-    "tests.scales",
-    "tests.stores",
-    "tests.torch_files",
+    *(
+        f"tests.{path.stem}"
+        for path in Path(__file__).parent.glob("[!_]*.py")
+        if path.stem[:5] not in ("test_", "conft")
+    )
 )
 
 torch.set_num_threads(1)  # tests fork, and a child of a process that has OpenMP's threads waits for them for ever
