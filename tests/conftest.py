@@ -14,12 +14,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Their assertions tell the values, as those of the tests do.
+HELPERS = (path.stem for path in Path(__file__).parent.glob("*.py"))
 pytest.register_assert_rewrite(
-    *(
-        f"tests.{path.stem}"
-        for path in Path(__file__).parent.glob("[!_]*.py")
-        if path.stem[:5] not in ("test_", "conft")
-    )
+    *(f"tests.{name}" for name in HELPERS if not name.startswith(("test_", "conftest", "_")))
 )
 
 torch.set_num_threads(1)  # tests fork, and a child of a process that has OpenMP's threads waits for them for ever
