@@ -436,7 +436,7 @@ def test_a_step_computes_with_the_count_of_steps(rt, made):
     outside = ff.key(3)
 
     def step(model, opt, x, y, key):
-        count = 2 * (opt.step + 1) % 7 // 1 - 0
+        count = -(2 * (opt.step + 1) % 7 // 1 - 3)
         key, other = ff.fold_in(key, opt.step), ff.fold_in(outside, 1 + opt.step)
         _, grads = grad_fn(model, x, y, 1 / (1 + opt.step), rng=key)
         loss, more = grad_fn(model, x, y, torch.clamp(x[0, 0].abs(), max=opt.step + 0.5) ** opt.step, rng=other)
@@ -456,6 +456,24 @@ def test_a_step_computes_with_the_count_of_steps(rt, made):
         torch.testing.assert_close(integers, my_integers)
         assert mine_told == told and told["step"] == number + 1
     assert compiled.traces == 1
+
+
+def test_a_whole_number_that_becomes_a_fraction_is_an_error(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
+    grad_fn = ff.value_and_grad(rt, lambda net, x: net(x).mean())
+
+    def step(model, opt, x):
+        model, opt = ff.optimizer_step(rt, model, opt, grad_fn(model, x)[1], lr=1)
+        return model, opt, x * 2 ** (2 - opt.step), x * 2.0 ** (2 - opt.step)
+
+    compiled = ff.compile_step(rt, step, backend=BACKEND)
+    x, _ = make_batch(0)
+    for factor in (2, 1):
+        model, opt, *found = compiled(model, opt, x)
+        assert all(torch.equal(one, factor * x) for one in found)
+    with pytest.raises(ff.CapabilityError, match=r"is 0\.5 now, and was an int"):
+        compiled(model, opt, x)
 
 
 def test_random_operations_draw_the_same_numbers(rt):
@@ -637,9 +655,11 @@ def test_an_overflow_in_float16_is_found():
     assert min(scales) < 2.0**18 and any(one < other for one, other in itertools.pairwise(scales))
 
 
-def test_large_gradients_are_looked_at_like_small_ones():
+@pytest.mark.parametrize("small", [True, False])
+def test_large_gradients_are_looked_at_like_small_ones(small):
     rt = scaled(GROWING)
-    model = ff.setup_model(rt, nn.ParameterList([torch.ones(SMALL + 1), torch.ones(3), torch.ones(1)]))
+    sizes = (SMALL + 1, 3, 1) if small else (SMALL + 1, SMALL + 1)
+    model = ff.setup_model(rt, nn.ParameterList([torch.ones(size) for size in sizes]))
     opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
     grad_fn = ff.value_and_grad(rt, lambda net, *xs: sum((one * x).sum() for one, x in zip(net, xs, strict=True)))
 
@@ -647,7 +667,7 @@ def test_large_gradients_are_looked_at_like_small_ones():
         return ff.optimizer_step(rt, model, opt, grad_fn(model, *xs)[1])
 
     compiled = ff.compile_step(rt, step, backend=BACKEND)
-    for place in (None, 0, 1, 2):
+    for place in (None, *range(len(sizes))):
         xs = [torch.ones_like(value) for value in model.params.values()]
         if place is not None:
             xs[place][-1] = float("nan")

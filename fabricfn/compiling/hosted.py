@@ -36,11 +36,17 @@ class Host:
     inputs: list[Of] = dataclasses.field(default_factory=list[Of])
     """How those are made that are inputs of the graph."""
 
+    def input(self, of: Of) -> torch.Tensor:
+        """One more of them, as wide as there is."""
+        self.inputs.append(of)
+        example = functools.partial(torch.empty, (), dtype=self.wide, device=self.device)
+        return new_input(f"host_{len(self.inputs)}", example)
+
 
 class Hosted(Unknown):
-    """A number of each call, a function of its arguments; it remembers nothing of the trace but its own input."""
+    """A number of each call, a function of its arguments, which remembers nothing of the trace."""
 
-    __slots__ = ("_input", "host", "now", "of")
+    __slots__ = ("_input", "_tensor", "host", "now", "of")
 
     def __init__(self, of: Of, now: Any, host: Host) -> None:
         self.of = of
@@ -48,6 +54,7 @@ class Hosted(Unknown):
         """The number in the call for which the step is traced: its type says how it counts."""
         self.host = host
         self._input: torch.Tensor | None = None
+        self._tensor: torch.Tensor | None = None
 
     def then(self, fn: Callable[[Any], Any]) -> Any:
         """What a function of it gives: a tree of such numbers, in the structure that there is now."""
@@ -67,15 +74,20 @@ class Hosted(Unknown):
     def input(self) -> torch.Tensor:
         """It as an input of the graph, as wide as there is."""
         if self._input is None:
-            host = self.host
-            example = functools.partial(torch.empty, (), dtype=host.wide, device=host.device)
-            self._input = new_input(f"host_{len(host.inputs)}", example)
-            host.inputs.append(self.of)
+            self._input = self.host.input(self.of)
         return self._input
 
     def tensor(self) -> torch.Tensor:
         """It as a tensor that leaves the dtype of others alone, as a Python number does."""
-        return self.input().to(torch.int64 if type(self.now) is int else self.host.usual)
+        if self._tensor is None:
+            is_whole = type(self.now) is int
+            self._tensor = (
+                self.host.input(_whole(self.of)).to(torch.int64) if is_whole else self.input().to(self.host.usual)
+            )
+        return self._tensor
+
+    def __neg__(self) -> Any:
+        return self.then(operator.neg)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,6 +112,19 @@ class Hosted(Unknown):
 def as_inputs(tree: Any) -> Any:
     """Hyperparameters with inputs of the graph in place of such numbers, as wide as the others are."""
     return tree_map(_input, tree)
+
+
+def _whole(of: Of) -> Of:
+    def whole(parts: Sequence[Any]) -> int:
+        number = of(parts)
+        if type(number) is not int:
+            raise CapabilityError(
+                f"a number that a compiled step makes of opt.step is {number!r} now, and was an int when the step was"
+                " traced, which made another graph of it. Make it a float from the beginning: 2.0 ** (5 - opt.step)."
+            )
+        return number
+
+    return whole
 
 
 def _input(leaf: Any) -> Any:

@@ -106,7 +106,7 @@ def all_finite(gradients: Sequence[Tensor | None], world: World) -> bool | Tenso
 def _finite_in_graph(gradients: Sequence[Tensor]) -> Tensor:
     # a kernel for each small one would cost more than copying them together, and a copy of a large one more than that
     small = [grad.reshape(-1) for grad in gradients if grad.numel() <= SMALL]
-    looked_at = [grad for grad in gradients if grad.numel() > SMALL] + [torch.cat(small)] * bool(small)
+    looked_at = [grad for grad in gradients if grad.numel() > SMALL] + ([torch.cat(small)] if small else [])
     return torch.stack([numbers.isfinite().all() for numbers in looked_at]).all()
 
 
