@@ -24,6 +24,7 @@ from fabricfn.random import Key, seeded
 from fabricfn.records import Model
 from fabricfn.runs import Microbatch, as_args, differentiate, flatten_models, run_one
 from fabricfn.runtimes import Runtime
+from fabricfn.tracing import tracing
 from fabricfn.world import World
 
 MOST = 64
@@ -34,6 +35,11 @@ def differentiate_in_tree(
     rt: Runtime, job: Job, models: Any, microbatches: Iterable[Any], rng: Key | None
 ) -> tuple[torch.Tensor, list[Any] | None, Any]:
     """(loss, aux of this rank's micro-batches, grads); see [Note: canonical]. Every rank must call it."""
+    if tracing():
+        raise CapabilityError(
+            'reduce="canonical" promises bits, which a compiler does not keep. Write reduce="mean" in a compiled step,'
+            " or leave the step as it is."
+        )
     items = list(microbatches)
     leaves = [models] if type(models) is Model else flatten_models(models)[0]
     passes = functools.partial(through, models=leaves, buffers=job.buffers, count=len(items))

@@ -869,6 +869,13 @@ def test_other_strategies_are_refused_before_anything_runs(strategy):
         ff.compile_step(rt, lambda model: model)
 
 
+def test_the_canonical_reduction_is_refused(rt):
+    model = ff.setup_model(rt, nn.Linear(4, 2))
+    grad_fn = ff.accumulate(rt, lambda net, x: net(x).mean(), reduce="canonical")
+    with pytest.raises(ff.CapabilityError, match="promises bits"):
+        ff.compile_step(rt, grad_fn, backend=BACKEND)(model, [next(make_batch(0))])
+
+
 def test_errors_of_the_step_itself_come_through(rt):
     def step(x):
         raise KeyError("mine")
