@@ -178,7 +178,7 @@ def test_inductor_compiles_it(rt):
         *mine, my_loss = compiled(*mine, x)
         assert_close(eager, mine)
         torch.testing.assert_close(loss, my_loss, rtol=0, atol=ATOL)
-    assert compiled.traces == 1 and compiled.seconds > 0 and "1 graphs" in repr(compiled)
+    assert compiled.traces == 1 and compiled.seconds > 0 and "1 graph," in repr(compiled)
     assert_others_are_found_out(rt, compiled, *mine, x)
 
 
@@ -192,6 +192,17 @@ def assert_others_are_found_out(rt, compiled, model, opt, *batch):
     with pytest.raises(ff.DonatedError, match="shares tensors"):
         ff.optimizer_step(rt, model, other_opt, grads)
     ff.optimizer_step(rt, model, opt, grads)
+
+
+def test_a_long_compilation_is_told_once(rt, capsys, monkeypatch):
+    monkeypatch.setattr("fabricfn.compiling.step.SHOWN", 0.0)
+    model = ff.setup_model(rt, make_net())
+    compiled = ff.compile_step(rt, lambda model, x: ff.apply(rt, model, x), backend=BACKEND)
+    for _ in range(2):
+        compiled(model, next(make_batch(0)))
+    told = capsys.readouterr()
+    assert re.fullmatch(r"fabricfn: CompiledStep\(<lambda>, 1 graph, \d+\.\d s of compiling\)\n", told.err)
+    assert not told.out
 
 
 def test_numbers_that_change_are_not_traced_again(rt):

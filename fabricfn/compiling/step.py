@@ -1,11 +1,13 @@
 """`compile_step`: a user's step as one graph for each signature of its arguments."""
 
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from fabricfn import reporting
 from fabricfn.compiling.arguments import Part, parts_of
 from fabricfn.compiling.describing import described, difference, names_of
 from fabricfn.compiling.graphs import Backend, Trace, trace
@@ -17,6 +19,8 @@ from fabricfn.tracing import tracing
 from fabricfn.watching import counted
 
 STRATEGIES = ("single", "functional")
+SHOWN = 1.0
+"""Seconds of compiling that somebody wonders about."""
 
 
 class CompiledStep:
@@ -51,7 +55,8 @@ class CompiledStep:
 
     def __repr__(self) -> str:
         name = getattr(self.step_fn, "__name__", type(self.step_fn).__name__)
-        return f"CompiledStep({name}, {self.traces} graphs, {self.seconds:.1f} s of compiling)"
+        graphs = f"{self.traces} graph{'s' * (self.traces != 1)}"
+        return f"CompiledStep({name}, {graphs}, {self.seconds:.1f} s of compiling)"
 
     def _here(self, where: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parts, spec = parts_of(args, kwargs)
@@ -64,6 +69,8 @@ class CompiledStep:
             found = trace(self.rt, self.step_fn, spec, parts, names, self.backend, self.options)
             self._graphs[key] = found
             self.seconds += found.seconds
+            if found.seconds >= SHOWN:
+                reporting.print(self.rt, f"fabricfn: {self!r}", file=sys.stderr)
         return compute(self.rt, found, parts, where)
 
     def _warn(self, now: Mapping[str, str]) -> None:
