@@ -22,6 +22,9 @@ ROWS = {
     "ddp 2 GPT 1": "ddp, GPT",
     "fsdp 2 8 blocks 1": "fsdp, 8 blocks",
     "fsdp 2 GPT 1": "fsdp, GPT",
+    "functional 2 4 layers 8": "functional, 4 layers, 8 parts",
+    "flat_sharded 2 8 blocks 1": "flat_sharded, 8 blocks",
+    "flat_sharded 2 GPT 1": "flat_sharded, GPT",
 }
 CONTENDERS = {
     "fused": ("by hand, fused", "#9ecae1", "s"),
