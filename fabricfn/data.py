@@ -184,8 +184,8 @@ def batches(
     Laws: the same cursor gives the same batches. Stopping after any batch and going on from its cursor gives the rest
     of the epoch, on another world size or batch size too. Skipped samples are not read again, at no cost (of an
     iterable dataset they are: it goes forward through them). Augmentations drawn in workers are those of the batch's
-    place in the order, wherever the iteration began. On CUDA, batches are copied on a stream of their own while the
-    step before computes; copies wait for nobody out of memory that is pinned (`DataLoader(..., pin_memory=True)`).
+    place in the order, wherever the iteration began. On CUDA, batches are copied on a stream of their own, two ahead,
+    while steps compute; copies wait for nobody out of memory that is pinned (`DataLoader(..., pin_memory=True)`).
 
     Args:
         rt: the runtime.

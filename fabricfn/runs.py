@@ -165,6 +165,8 @@ def run_one(
 def scale(taken: list[list[torch.Tensor | None]], factor: Any) -> list[list[torch.Tensor | None]]:
     """The gradients times a number; in place, unless two parameters' gradients are views of one memory."""
     present = [grad for grads in taken for grad in grads if grad is not None]
+    if not present:
+        return taken
     parts = [local_of(grad) for grad in present]
     if isinstance(factor, torch.Tensor):  # of a graph, which decides by itself what is in place
         made = [times(part, factor) for part in parts]

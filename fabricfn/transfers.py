@@ -1,6 +1,7 @@
 """Moving a tree to this process' device."""
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -105,28 +106,35 @@ def move_all(rt: Runtime, batches: Iterator[Any]) -> Iterator[Any]:
     return map(partial(move_batch, rt), batches)
 
 
+AHEAD = 2
+"""So many batches are on their way to the device, or there, beside the one that is computed with."""
+
+
 def move_ahead(rt: Runtime, batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches, each moved on a stream of its own while the step before it computes.
+    """The batches, each moved on a stream of its own while the steps before it compute.
 
     Out of pinned memory (`DataLoader(..., pin_memory=True)`) the copies run beside the computation; out of other memory
     they are right, too, but the host waits for them.
     """
     device = rt.world.device
     side = torch.cuda.Stream(device)
+    ahead: deque[tuple[Any, torch.cuda.Event]] = deque()
 
-    def fetch() -> list[Any]:
-        found = list(islice(batches, 1))
-        # The copies may reuse the memory of an earlier batch, so its step must be done. All that was queued is waited
-        # for, whatever holds the tensors: `record_stream` would have to find them in a user's own classes.
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            return [move_batch(rt, batch) for batch in found]
+    def fetch() -> None:
+        for batch in islice(batches, 1):
+            # The copies may reuse the memory of an earlier batch, so its step must be done. All that was queued is
+            # waited for, whatever holds the tensors: `record_stream` would have to find them in a user's own classes.
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                found = move_batch(rt, batch)
+            ahead.append((found, side.record_event()))
 
-    ahead = fetch()
+    for _ in range(AHEAD):
+        fetch()
     while ahead:
-        torch.cuda.current_stream(device).wait_stream(side)
-        (batch,) = ahead
-        ahead = fetch()
+        batch, arrived = ahead.popleft()
+        torch.cuda.current_stream(device).wait_event(arrived)
+        fetch()
         yield batch
 
 

@@ -107,6 +107,39 @@ def test_weighted_accumulation_is_exact(rt, sizes):
     torch.testing.assert_close(ff.value(rt, summed, weighted=True)(model, x, y), whole, rtol=0, atol=1e-12)
 
 
+class Sum(nn.Module):
+    """Autograd gives both parameters views of one tensor for gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return ((self.a.unsqueeze(0) + self.b.unsqueeze(0)) * x).sum()
+
+
+def test_a_weighted_mean_divides_gradients_in_one_memory_once():
+    single = ff.init_runtime(accelerator="cpu", devices=1)
+    model = ff.setup_model(single, Sum())
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    _, plain = ff.value_and_grad(single, lambda net, x: net(x))(model, x)
+    assert plain.params["a"].data_ptr() == plain.params["b"].data_ptr(), "the case that this is about"
+    _, grads = ff.value_and_grad(single, lambda net, x: (net(x), 4), weighted=True)(model, x)
+    assert {name: grad.tolist() for name, grad in grads.params.items()} == {
+        "a": [0.25, 0.5, 0.75],
+        "b": [0.25, 0.5, 0.75],
+    }
+
+
+def test_a_weighted_loss_of_other_tensors_gives_no_gradient():
+    single = ff.init_runtime(accelerator="cpu", devices=1)
+    model = ff.setup_model(single, nn.Linear(2, 1))
+    outside = torch.ones(2, requires_grad=True)
+    grad_fn = ff.value_and_grad(single, lambda net, x: ((outside * x).sum(), 4), weighted=True, allow_unused=True)
+    loss, grads = grad_fn(model, torch.ones(2))
+    assert loss.item() == 0.5 and set(grads.params.values()) == {None}
+
+
 def test_unweighted_accumulation_is_the_mean_of_means(rt):
     model = ff.eval_mode(ff.setup_model(rt, fresh()))
     batches = [(data(4, 4, seed=s), data(4, 4, seed=s + 9)) for s in range(3)]

@@ -150,6 +150,13 @@ class Line:
     def wait_stream(self, other):
         self.log.append(f"{self.name} waits for {other.name}")
 
+    def record_event(self):
+        self.log.append("copied")
+        return sum(entry == "copied" for entry in self.log) - 1
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for copy {event}")
+
 
 def test_copies_and_computation_wait_for_each_other_in_the_right_order(monkeypatch):
     """There is no CUDA device here: this shows the order of the calls, on the device that all machines have."""
@@ -158,20 +165,21 @@ def test_copies_and_computation_wait_for_each_other_in_the_right_order(monkeypat
     log = streams.log
 
     def source():
-        for place in range(3):
+        for place in range(4):
             log.append(f"fetch {place}")
             yield torch.full((1,), place)
 
     found = move_ahead(runtime("meta"), source())
-    for place in range(3):
+    for place in range(4):
         batch = next(found)
         log.append(f"step {place}")
         assert batch.device == META
     assert list(found) == []
-    copies = ["copying waits for computing", "on copying", "off"]
+    copies = ["copying waits for computing", "on copying", "off", "copied"]
     assert log == [
-        *("fetch 0", *copies),
-        *("computing waits for copying", "fetch 1", *copies, "step 0"),
-        *("computing waits for copying", "fetch 2", *copies, "step 1"),
-        *("computing waits for copying", *copies, "step 2"),
+        *("fetch 0", *copies, "fetch 1", *copies),
+        *("computing waits for copy 0", "fetch 2", *copies, "step 0"),
+        *("computing waits for copy 1", "fetch 3", *copies, "step 1"),
+        *("computing waits for copy 2", "step 2"),
+        *("computing waits for copy 3", "step 3"),
     ]

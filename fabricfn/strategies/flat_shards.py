@@ -19,14 +19,14 @@ from fabricfn.sharding import is_sharded, with_local
 from fabricfn.strategies.flat_hooks import Flats, begin, dispatch, finish, surround
 from fabricfn.strategies.flat_units import Part, Unit, arrived, clear, let_go, look, make_unit, need, rows_of
 from fabricfn.strategies.sharded import mixed_dtypes, refuse_transform
-from fabricfn.strategies.shards import agreed, outside, times
+from fabricfn.strategies.shards import agreed, outliving, outside, times
 from fabricfn.strategies.single import backward as run_backward, forward as run_forward, gradients as take
 from fabricfn.strategies.tensor_modules import give_memory
 from fabricfn.strategies.tensor_slots import look_at
 from fabricfn.strategies.torch_fsdp import part_of
 from fabricfn.strategies.units import Units, plan
 from fabricfn.strategy import Strategy, point as point_whole
-from fabricfn.tree import tree_leaves, tree_map
+from fabricfn.tree import tree_leaves
 from fabricfn.world import World
 
 
@@ -150,26 +150,19 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
         if handles and any(word in str(error) for word in ("DTensor", "differentiated", "not allocated")):
             raise outside(handles[0].units, "flat_sharded") from error
         raise
-    result = outliving(result, handles)
+    result = kept(result, handles)
     if not any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
         for flats in handles:
             finish(flats)
     return result
 
 
-def outliving(result: Any, handles: Sequence[Flats]) -> Any:
-    """The result with copies of what looks at gathered parameters, whose memory is about to be let go."""
+def kept(result: Any, handles: Sequence[Flats]) -> Any:
+    """The result with copies of what looks at gathered parameters."""
     if not handles or (type(result) is torch.Tensor and not result._is_view() and not result.is_leaf):
         return result
     homes = {line.memory.untyped_storage()._cdata for flats in handles for u in flats.groups for line in u.lines}
-
-    def kept(leaf: Any) -> Any:
-        if is_sharded(leaf) and (leaf.dim() == 0 or any(one.is_partial() for one in leaf.placements)):
-            raise outside(handles[0].units, "flat_sharded")  # a number made of weights that are not gathered
-        plain = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not is_sharded(leaf)
-        return leaf.clone() if plain and leaf.untyped_storage()._cdata in homes else leaf
-
-    return tree_map(kept, result)
+    return outliving(result, homes, handles[0].units, "flat_sharded")
 
 
 def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:

@@ -84,10 +84,10 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
     for at, (values, index) in enumerate(sums):
         old, new, found[at] = values.sums[index], found[at], None  # let go of, once it is copied
         if new is not None:  # a copy of its own: autograd hands the same tensor to both terms of a sum
-            values.sums[index] = new.clone() if old is None else old + new
+            values.sums[index] = new.clone() if old is None else old.add_(new)
     if share != 1:
-        for frame in frames:
-            frame.handle.sums = [None if grad is None else grad * share for grad in frame.handle.sums]
+        held = [grad for frame in frames for grad in frame.handle.sums if grad is not None]
+        torch._foreach_mul_(held, share)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def refuse_inner_backward(loss: torch.Tensor) -> None:

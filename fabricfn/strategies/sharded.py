@@ -19,7 +19,7 @@ from fabricfn.sharding import is_sharded, local_of, with_local
 from fabricfn.strategies import fsdp_options
 from fabricfn.strategies.fsdp_options import Cutting, Parameters
 from fabricfn.strategies.sharded_nets import arrange, attach_box, mesh_of
-from fabricfn.strategies.shards import Shards, gradients, outside, watch
+from fabricfn.strategies.shards import Shards, gradients, outliving, outside, watch
 from fabricfn.strategies.single import backward as run_backward
 from fabricfn.strategies.tensor_slots import cut as cut_for_peers, like_of, look_at
 from fabricfn.strategies.torch_fsdp import (
@@ -33,7 +33,6 @@ from fabricfn.strategies.torch_fsdp import (
 )
 from fabricfn.strategies.units import Units
 from fabricfn.strategy import Strategy, point as point_whole
-from fabricfn.tree import tree_map
 from fabricfn.world import World
 
 
@@ -183,24 +182,17 @@ def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss
             raise
         if went_back(shards.box):
             raise inner_backward()
-        return outliving(result, shards)
+        return kept(result, shards)
 
     return shards.box(inside)
 
 
-def outliving(result: Any, shards: Shards) -> Any:
-    """The result with copies of what looks at gathered parameters, whose memory is about to be let go."""
+def kept(result: Any, shards: Shards) -> Any:
+    """The result with copies of what looks at gathered parameters."""
     if type(result) is torch.Tensor and not result._is_view():
         return result
     homes = {local_of(slot).untyped_storage()._cdata for slot in map(gathered, shards.params) if slot is not None}
-
-    def kept(leaf: Any) -> Any:
-        if is_sharded(leaf) and (leaf.dim() == 0 or any(one.is_partial() for one in leaf.placements)):
-            raise outside(shards.units)  # a number made of weights that are not gathered
-        plain = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not is_sharded(leaf)
-        return leaf.clone() if plain and leaf.untyped_storage()._cdata in homes else leaf
-
-    return tree_map(kept, result)
+    return outliving(result, homes, shards.units)
 
 
 def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:

@@ -6,7 +6,7 @@ was reached is therefore noted here.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ import torch
 from fabricfn.engine import Frame, require_all
 from fabricfn.errors import CapabilityError
 from fabricfn.flat import all_reduce_mean, anywhere
-from fabricfn.sharding import local_of
+from fabricfn.sharding import is_sharded, local_of
 from fabricfn.strategies.single import gradients as take
 from fabricfn.strategies.tensor_slots import Peers, as_values, gradient_of
 from fabricfn.strategies.torch_fsdp import close, gathered
+from fabricfn.tree import tree_map
 from fabricfn.world import World
 
 _kernels: Any = torch
@@ -141,3 +142,15 @@ def outside(units: Sequence[str], strategy: str = "fsdp") -> CapabilityError:
         " `with ff.unsharded(rt, net.block): ...` around it, choose other units, or gather the whole model at once:"
         f" strategy=ff.strategies.{strategy}(units=None)."
     )
+
+
+def outliving(result: Any, homes: Collection[int], units: Sequence[str], strategy: str = "fsdp") -> Any:
+    """The result with copies of what lies in these storages, whose memory is about to be let go."""
+
+    def kept(leaf: Any) -> Any:
+        if is_sharded(leaf) and (leaf.dim() == 0 or any(one.is_partial() for one in leaf.placements)):
+            raise outside(units, strategy)  # a number made of weights that are not gathered
+        plain = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not is_sharded(leaf)
+        return leaf.clone() if plain and leaf.untyped_storage()._cdata in homes else leaf
+
+    return tree_map(kept, result)

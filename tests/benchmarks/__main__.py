@@ -82,7 +82,7 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
         for n, r in STEPS[:3]
     ),
     *((f"steps {n} SGD", "steps", "plain", {"kind": f"{n} layers", "rule": "SGD"}, r) for n, r in STEPS[:3]),
-    *((f"steps GPT {k}", "steps", "plain", {"kind": "GPT", "accumulation": k}, r) for k, r in ((1, 10), (8, 2))),
+    *((f"steps GPT {k}", "steps", "plain", {"kind": "GPT", "accumulation": k}, r) for k, r in ((1, 10), (8, 4))),
     *(
         (f"{way} {size} {kind} {k}", way, "plain", {"size": size, "kind": kind, "accumulation": k}, r)
         for way, size, kind, k, r in RANKS

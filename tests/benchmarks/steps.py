@@ -34,7 +34,7 @@ def measure(
         if not torch.allclose(found, losses["plain"], rtol=1e-4 if precision == "32-true" else 1e-2):
             raise AssertionError(f"{name} computes something else: losses {found}, by hand {losses['plain']}")
     alone = way == "single"
-    if alone:
+    if alone and accumulation == 1:
         steps["no optimizer"] = without_optimizer(job(kind), precision)
     clock = time.process_time if alone else time.perf_counter
     return interleaved(steps, rounds, clock=clock, warmup=max(1, rounds // 10), again=alone)
