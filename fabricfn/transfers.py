@@ -118,7 +118,7 @@ def move_ahead(rt: Runtime, batches: Iterator[Any]) -> Iterator[Any]:
     """
     device = rt.world.device
     side = torch.cuda.Stream(device)
-    ahead: deque[tuple[Any, torch.cuda.Event]] = deque()
+    ahead: deque[tuple[Any, Any]] = deque()
 
     def fetch() -> None:
         for batch in islice(batches, 1):
