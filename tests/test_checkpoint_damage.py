@@ -120,6 +120,19 @@ def test_manifests_that_contradict_themselves_are_refused(tmp_path):
         validation.from_bytes(signed(good | {"version": 2}), "x")
 
 
+def test_an_alias_that_calls_itself_nothing_is_refused(tmp_path):
+    """Found by the fuzzer: it was loaded as None."""
+    tied = torch.ones(2)
+    ff.save(RT, tmp_path / "c", {"a": tied, "b": tied})
+    text = json.loads((tmp_path / "c/manifest.json").read_bytes())
+    del text["sha256"]
+    assert text["leaves"][1]["alias"] == 0
+    text["leaves"][1]["kind"] = "none"
+    (tmp_path / "c/manifest.json").write_bytes(signed(text))
+    with pytest.raises(CheckpointError, match="a leaf of kind 'none' has what arrays have"):
+        ff.load(RT, tmp_path / "c")
+
+
 def test_an_array_in_pieces_is_put_together_and_overlaps_are_refused(tmp_path):
     """Shards as several ranks will write them: a grid of pieces, over two files."""
     full = torch.arange(7.0 * 5).reshape(7, 5)

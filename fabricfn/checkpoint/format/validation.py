@@ -176,6 +176,8 @@ def _node(text: Any, count: int, seen: set[int], depth: int) -> Node | int:
 def _leaf(text: dict[str, Any], earlier: Sequence[Leaf], num_files: int) -> Leaf:
     kind = text["kind"]
     if kind not in ARRAYS:
+        if not text.keys().isdisjoint(("alias", "dtype", "pieces", "shape")):
+            _invalid(f"a leaf of kind {kind!r} has what arrays have")
         leaf = Leaf(kind=kind, value=text.get("v"))
         plain_value(leaf)
         return leaf
