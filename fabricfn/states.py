@@ -227,18 +227,18 @@ def exposed(opt: Optimizer) -> Optimizer:
     return opt
 
 
-def exposed_after(opt: Optimizer, after: Optimizer, *, in_place: bool) -> None:
+def exposed_after(values: Mapping[str, Any], after: Optimizer, *, in_place: bool) -> None:
     """What a donated step makes of an exposed optimizer is exposed, too.
 
     Args:
-        opt: the optimizer that was given away.
+        values: the tensors of the optimizer that was given away.
         after: what came of it.
-        in_place: whether all the tensors are the old ones; then their shapes are what they were, and fit.
+        in_place: whether its tensors are all of these; then their shapes are what they were, and fit.
     """
-    if not in_place or opt.lease.values is None:
+    if not in_place:
         exposed(after)
         return
-    after.lease.values, after.lease.versions = opt.lease.values, versions_of(opt.lease.values.values())
+    after.lease.values, after.lease.versions = values, versions_of(values.values())
     after.lease.apart = True
 
 

@@ -186,7 +186,7 @@ def count_single(rt):
 def raised(rt, fn, *args):
     try:
         fn(rt, *args)
-    except Exception as error:
+    except Exception as error:  # which one it is, the tests compare
         return type(error).__name__, str(error)
     return None
 

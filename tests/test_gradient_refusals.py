@@ -44,7 +44,10 @@ def test_a_loss_must_be_a_scalar_and_depend_on_the_model(rt):
 
 def test_unused_parameters_are_named_or_allowed(rt):
     model = ff.setup_model(rt, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    part = lambda net: net[0](data(6, 4)).mean()  # noqa: E731
+
+    def part(net):
+        return net[0](data(6, 4)).mean()
+
     with pytest.raises(ff.GradientError, match=r"2 parameters got no gradient: 1\.weight, 1\.bias"):
         ff.value_and_grad(rt, part)(model)
     if rt.strategy.name == "ddp":  # with find_unused_parameters it can; see test_ddp.py

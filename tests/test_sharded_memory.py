@@ -51,7 +51,10 @@ def status(field):
 
 def cost(work, *args, **options):
     """(the most memory that `work` took on top of what there was, the bytes that it read), in MiB."""
-    read = lambda: int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])  # noqa: E731
+
+    def read():
+        return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
     Path("/proc/self/clear_refs").write_text("5")  # the high water mark begins anew
     before, begun = status("VmRSS"), read()
     result = work(*args, **options)
@@ -69,7 +72,10 @@ def costs(rt, path):
     """A tensor of which each of two ranks has 128 MiB: what save takes, and load into templates of three kinds."""
     mesh = DeviceMesh.from_group(rt.world.group, "cpu", mesh_dim_names=("dp",))
     side, width = 8192, 8186  # almost 256 MiB; blocks end within rows
-    rows = lambda value: DTensor.from_local(torch.full((side // 2, width), value), mesh, [Shard(0)])  # noqa: E731
+
+    def rows(value):
+        return DTensor.from_local(torch.full((side // 2, width), value), mesh, [Shard(0)])
+
     tree = {"w": rows(float(rt.rank))}
     found = {"save": cost(ff.save, rt, path, tree)[:2]}
     del tree
@@ -155,7 +161,10 @@ def larger_than_a_rank(rt, path):
     mesh = DeviceMesh.from_group(rt.world.group, "cpu", mesh_dim_names=("dp",))
     half = 3 * SHARD // 2
     names = ("params", "exp_avg", "exp_avg_sq")
-    shard = lambda value: DTensor.from_local(torch.full((half // 3 << 8, 1 << 10), value), mesh, [Shard(0)])  # noqa: E731
+
+    def shard(value):
+        return DTensor.from_local(torch.full((half // 3 << 8, 1 << 10), value), mesh, [Shard(0)])
+
     with at_most(half + BUFFER):  # the state itself, and a save of it
         ff.save(rt, path, {name: shard(float(rt.rank + place)) for place, name in enumerate(names)})
     like = {name: shard(7.0) for name in names}

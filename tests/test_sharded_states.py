@@ -32,7 +32,10 @@ def test_records_with_sharded_leaves(tmp_path, ranks):
 
     def shard(rt, record):
         mesh = DeviceMesh.from_group(rt.world.group, "cpu", mesh_dim_names=("dp",))
-        put = lambda leaf: distribute_tensor(leaf, mesh, [Shard(0)], src_data_rank=None) if leaf.ndim else leaf  # noqa: E731
+
+        def put(leaf):
+            return distribute_tensor(leaf, mesh, [Shard(0)], src_data_rank=None) if leaf.ndim else leaf
+
         return dataclasses.replace(record, params={name: put(leaf) for name, leaf in record.params.items()})
 
     def saved(rt):
@@ -147,7 +150,10 @@ def fresh(rt, way):
 
 def placed(rt, way, state):
     """The state in the layout of a way; of a strategy's own, as it is."""
-    put = lambda leaf: way.put(rt, leaf)  # noqa: E731
+
+    def put(leaf):
+        return way.put(rt, leaf)
+
     model, opt = state["model"], state["opt"]
     model = dataclasses.replace(model, params={name: put(leaf) for name, leaf in model.params.items()})
     return {**state, "model": model, "opt": ff.tree_map(put, opt)}

@@ -36,8 +36,8 @@ drops a NaN from a maximum or keeps it depending on who holds it, and knows fewe
 _new_names = hasattr(dist, "all_gather_single")
 _gather_into: Any = getattr(dist, "all_gather_single" if _new_names else "all_gather_into_tensor")
 _scatter_into: Any = getattr(dist, "reduce_scatter_single" if _new_names else "reduce_scatter_tensor")
-_exchange_into: Any = dist.all_to_all_single  # pyright: ignore[reportUnknownVariableType]
-_reduce_into: Any = dist.all_reduce  # pyright: ignore[reportUnknownVariableType]
+_untyped: Any = dist
+_exchange_into, _reduce_into = _untyped.all_to_all_single, _untyped.all_reduce
 
 
 def group_size(group: Group) -> int:

@@ -20,10 +20,8 @@ def overridden(opt: Optimizer, overrides: Mapping[str, Any]) -> tuple[Mapping[st
         )
     count = len(opt.hyperparams)
     for name, value in overrides.items():
-        if type(value) is list and len(value) != count:  # pyright: ignore[reportUnknownArgumentType]
-            raise ConfigurationError(
-                f"{name}={value} has {len(value)} values; the optimizer has {count} groups"  # pyright: ignore[reportUnknownArgumentType]
-            )
+        if value.__class__ is list and len(value) != count:
+            raise ConfigurationError(f"{name}={value} has {len(value)} values; the optimizer has {count} groups")
     out: list[Mapping[str, Any]] = []
     for i, group in enumerate(opt.hyperparams):
         own: dict[str, Any] = {key: value[i] if type(value) is list else value for key, value in overrides.items()}

@@ -151,19 +151,12 @@ def stay(
 
 
 def choose(
-    plan: Plan,
-    finite: Tensor,
-    opt: Optimizer,
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    hyperparams: Sequence[Mapping[str, Any]],
-    donate: bool,
-    evaluate: Callable[[], tuple[Any, list[Tensor | None]]] | None,
+    plan: Plan, finite: Tensor, opt: Optimizer, params: list[Tensor], *rest: Any
 ) -> tuple[Any, Mapping[str, Any], Sequence[Mapping[str, Any]]]:
     """In place of a plan's `advance` in a graph: everything moves, and stays where the gradients are not finite."""
     leaves, spec = tree_flatten((opt.store, dict(opt.shared)))
     before = [*map(_remembered, (*params, *leaves))]
-    store, shared, hyperparams = plan.advance(opt, params, grads, hyperparams, donate, evaluate)
+    store, shared, hyperparams = plan.advance(opt, params, *rest)
     after, after_spec = tree_flatten((store, dict(shared)))
     if after_spec != spec:
         raise CapabilityError(

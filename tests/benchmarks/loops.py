@@ -42,6 +42,11 @@ def unsynchronised(net: Any, way: str, last: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def arithmetic(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Around a forward pass that one writes by hand."""
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+
+
 def by_hand(work: Job, way: str, accumulation: int, precision: str, rule: str, fused: bool | None = None) -> Step:
     if way == "ddp":
         net: Any = DistributedDataParallel(work.net)
@@ -49,14 +54,11 @@ def by_hand(work: Job, way: str, accumulation: int, precision: str, rule: str, f
         net = cut(work.net, work.unit) if way == "fsdp" else work.net
     optimizer = getattr(torch.optim, rule)(net.parameters(), lr=LEARNING_RATE, fused=fused)
 
-    def context() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
-
     def step() -> torch.Tensor:
         optimizer.zero_grad()
         for index in range(accumulation):
             with unsynchronised(net, way, index == accumulation - 1) if accumulation > 1 else contextlib.nullcontext():
-                with context():
+                with arithmetic(precision):
                     loss = work.loss_fn(net, *work.batch)
                 (loss / accumulation if accumulation > 1 else loss).backward()
         optimizer.step()
@@ -72,7 +74,7 @@ def without_optimizer(work: Job, precision: str) -> Step:
     def step() -> torch.Tensor:
         for parameter in parameters:
             parameter.grad = None
-        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext():
+        with arithmetic(precision):
             loss = work.loss_fn(work.net, *work.batch)
         loss.backward()
         return loss.detach()
