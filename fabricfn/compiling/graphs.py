@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fabricfn.compiling.arguments import Part, unflatten
+from fabricfn.compiling.capturing import Recorder, check_devices
 from fabricfn.compiling.describing import described
 from fabricfn.compiling.draws import Block, Draws
 from fabricfn.compiling.hosted import Host, Of
@@ -80,6 +81,8 @@ class Trace:
     """One compiled graph, and what goes into it and comes out."""
 
     run: Callable[..., Sequence[torch.Tensor]]
+    recorder: Recorder | None
+    """What runs it by a recording, if that is wanted."""
     results: Results
     blocks: Sequence[Block]
     names: Sequence[str]
@@ -99,6 +102,7 @@ def trace(
     names: Sequence[str],
     backend: Backend,
     options: Mapping[str, Any],
+    capture: bool,
 ) -> Trace:
     """Trace the step for arguments like these, and compile it."""
     with _LOCK:
@@ -146,11 +150,13 @@ def trace(
                 if better is error:
                     raise
                 raise better from error
-        in_order(gm)
+        if capture:
+            check_devices(gm, rt.device)
         with torch.autocast(rt.device.type, enabled=False):  # one around the call is in the graph already
             run = compiled(gm, fake, backend, options)
         return Trace(
             run=run,
+            recorder=Recorder(run, found[0].spent, [len(part.tensors) for part in parts]) if capture else None,
             results=found[0],
             blocks=[block for block in draws.blocks if block.draws],
             names=names,
@@ -185,6 +191,7 @@ def compiled(
     gm: fx.GraphModule, fake: FakeTensorMode, backend: Backend, options: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """The function that a back end makes of a graph."""
+    in_order(gm)
     examples = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     with tracing_context(TracingContext(fake)):
         if backend == "inductor":

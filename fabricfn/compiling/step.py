@@ -12,13 +12,14 @@ from fabricfn.compiling.arguments import Part, parts_of
 from fabricfn.compiling.describing import described, difference, names_of
 from fabricfn.compiling.graphs import Backend, Trace, trace
 from fabricfn.compiling.results import Call, lose
-from fabricfn.errors import CapabilityError
+from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.leases import Place, caller
 from fabricfn.runtimes import Runtime
 from fabricfn.tracing import tracing
 from fabricfn.watching import counted
 
 STRATEGIES = ("single", "functional")
+CAPTURES = ("cuda",)
 SHOWN = 1.0
 """Seconds of compiling that somebody wonders about."""
 
@@ -30,7 +31,13 @@ class CompiledStep:
     """
 
     def __init__(
-        self, rt: Runtime, step_fn: Callable[..., Any], backend: Backend, options: Mapping[str, Any], limit: int
+        self,
+        rt: Runtime,
+        step_fn: Callable[..., Any],
+        backend: Backend,
+        options: Mapping[str, Any],
+        limit: int,
+        capture: bool,
     ) -> None:
         self.rt = rt
         self.kind = rt.device.type
@@ -38,6 +45,7 @@ class CompiledStep:
         self.backend: Backend = backend
         self.options = options
         self.limit = limit
+        self.capture = capture
         self.seconds = 0.0
         self._graphs: dict[Hashable, Trace] = {}
         self._run = counted(rt.world, "a compiled step", self._here)
@@ -66,7 +74,7 @@ class CompiledStep:
             names = names_of(self.step_fn, args, kwargs, spec)
             if self.traces >= self.limit:
                 self._warn(described(names, parts))
-            found = trace(self.rt, self.step_fn, spec, parts, names, self.backend, self.options)
+            found = trace(self.rt, self.step_fn, spec, parts, names, self.backend, self.options, self.capture)
             self._graphs[key] = found
             self.seconds += found.seconds
             if found.seconds >= SHOWN:
@@ -97,8 +105,9 @@ def compute(rt: Runtime, found: Trace, parts: Sequence[Part], where: Place) -> A
     passed = [*inputs, *found.numbers.filled(numbers, parts)]
     for block in found.blocks:
         passed += block.drawn(parts, rt.device)
+    run = found.run if found.recorder is None else found.recorder.run_for(parts, passed)
     try:
-        outputs = found.run(*passed)
+        outputs = run(*passed)
     except BaseException:
         lose(results.spent, call)
         raise
@@ -113,6 +122,7 @@ def compile_step(
     backend: Backend = "inductor",
     options: Mapping[str, Any] | None = None,
     limit: int = 8,
+    capture: bool = False,
 ) -> CompiledStep:
     """A training step as one compiled graph: forward, backward, all-reduce, clipping, optimizer.
 
@@ -134,11 +144,14 @@ def compile_step(
             result bumps the versions of tensors that it changes, as operations do.
         options: settings of the back end; for inductor those of `torch._inductor.config`.
         limit: how many graphs are made without a warning that names the argument that changed.
+        capture: record the kernels as a CUDA graph at the second call, and start all of them at once from then on. On
+            CUDA, one rank. Written for torch's documented interface and not yet run on a GPU: docs/compiling.md.
 
     Returns:
         A function to be called as `step_fn`, with the attributes `traces` and `seconds`. Every rank gets its own.
 
     Raises:
+        ConfigurationError: `capture=True` on another device than CUDA, on several ranks, or with inductor's own.
         CapabilityError: another strategy; (from the compiled step) a step that looks at the numbers of a tensor (the
             message names the line), an optimizer that has no formula.
         GradientError: (from the compiled step) weights that sum to zero; gradients that are still not finite at the
@@ -169,4 +182,22 @@ def compile_step(
             " replicas on several ranks, or leave the step as it is and compile the net:"
             " ff.setup_model(rt, module, compile=True)."
         )
-    return CompiledStep(rt, step_fn, backend, dict(options or {}), limit)
+    settings = dict(options or {})
+    if capture:
+        check_capture(rt, settings)
+    return CompiledStep(rt, step_fn, backend, settings, limit, capture)
+
+
+def check_capture(rt: Runtime, options: Mapping[str, Any]) -> None:
+    """Raise `ConfigurationError` where no CUDA graph can be recorded."""
+    found = ""
+    if rt.device.type not in CAPTURES:
+        found = f"is for CUDA graphs, and the device of rank {rt.rank} is {rt.device}"
+    elif rt.world.group is not None:
+        found = f"is for one rank, and there are {rt.world_size}: collectives in a CUDA graph are untried here"
+    elif options.get("triton.cudagraphs"):
+        found = 'and options={"triton.cudagraphs": True} both record; leave one out'
+    if found:
+        raise ConfigurationError(
+            f"compile_step(..., capture=True) {found}. Without it the step is compiled all the same."
+        )
