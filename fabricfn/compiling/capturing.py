@@ -47,6 +47,8 @@ class Recording:
     slots: Sequence[torch.Tensor]
     changed: Sequence[int]
     """The inputs that the graph changes."""
+    back: Sequence[int]
+    """Those of the slots that are read back."""
     replay: Callable[[], None]
     outputs: Sequence[torch.Tensor]
 
@@ -56,9 +58,8 @@ class Recording:
         _kernels._foreach_copy_(self.slots, given)
         self.replay()
         bump([inputs[place] for place in self.changed])
-        for place, one, slot in zip(self.places, given, self.slots, strict=True):
-            if place in self.changed:
-                one.copy_(slot)
+        for number in self.back:
+            given[number].copy_(self.slots[number])
         return [output.clone() for output in self.outputs]
 
 
@@ -71,7 +72,7 @@ class Recorder:
     def __init__(self, run: Run, spent: Spent, counts: Sequence[int]) -> None:
         """`counts`: how many tensors each argument has."""
         self.run = run
-        self.changed = frozenset(sum(counts[:place]) + i for place, changed in spent for i in changed)
+        self.changed = {sum(counts[:place]) + i for place, changed in spent for i in changed}
         self.before: Sequence[object | None] | None = None
         """Where the arguments of the first call lay."""
         self.recording: Recording | None = None
@@ -114,6 +115,7 @@ class Recorder:
             places=[*own],
             slots=[*own.values()],
             changed=[*self.changed],
+            back=[number for number, place in enumerate(own) if place in self.changed],
             replay=replay,
             outputs=outputs,
         )
