@@ -1,7 +1,8 @@
 """Measure everything and write docs/benchmarks.md and docs/benchmarks.json: `python -m tests.benchmarks`.
 
 Every measurement runs in fresh processes of its own, several times; the tables show medians. `--quick` takes minutes,
-writes nothing and only shows that everything runs.
+writes nothing and only shows that everything runs. `--only gpu` measures what stands under "On a GPU"; without CUDA
+those rows are left out and their old figures stay.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 import fabricfn as ff
-from tests.benchmarks import functions, inputs, memory, randomness, ranks, report, starting, steps, storage
+from tests.benchmarks import devices, functions, inputs, memory, randomness, ranks, report, starting, steps, storage
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs/benchmarks.json"
@@ -54,8 +55,11 @@ MEASURES = {
     "starting": starting.measure,
     "imports": functools.partial(inputs.measure_programs, inputs.IMPORTS),
     "first_step": functools.partial(inputs.measure_programs, inputs.FIRST_STEPS),
+    "gpu_steps": devices.measure_steps,
+    "gpu_training": devices.measure_training,
+    "gpu_checkpoints": devices.measure_checkpoints,
 }
-ONCE = ("starting", "imports", "first_step", "partial", "memory")
+ONCE = ("starting", "imports", "first_step", "partial", "memory", "gpu_training")
 """They start processes of their own."""
 
 # what is trained, in which way on how many ranks, micro-batches a step, rounds
@@ -103,6 +107,9 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any], int], ...] = (
     ("starting", "starting", "torch", {}, 5),
     ("imports", "imports", "import torch", {}, 5),
     ("first_step", "first_step", "plain", {}, 5),
+    *((f"gpu steps {n}", "gpu_steps", "plain", {"kind": f"{n} layers"}, r) for n, r in ((4, 100), (40, 40))),
+    *((f"gpu GPT-2 {size}", "gpu_training", "plain", {"kind": f"GPT-2 {size}"}, 5) for size in ("124M", "350M")),
+    ("gpu checkpoints", "gpu_checkpoints", "bare", {}, 10),
 )
 
 
@@ -130,13 +137,16 @@ def medians(results: list[dict[str, float]], base: str) -> dict[str, Any]:
 
 
 def measure_all(quick: bool, only: str) -> dict[str, Any]:
-    """Every figure of the report; those of the rows that `only` leaves out are the old ones."""
+    """Every figure of the report; those of the rows that `only`, or the want of a GPU, leaves out are the old ones."""
     repeats, divisor = (1, 20) if quick else (3, 1)
-    results: dict[str, Any] = json.loads(FIGURES.read_text()) if only else {}
-    results["machine"] = machine()
-    for key, name, base, options, rounds in ROWS:
-        if not key.startswith(only):
-            continue
+    old: dict[str, Any] = json.loads(FIGURES.read_text())
+    results = old if only else {key: value for key, value in old.items() if key.startswith("gpu")}
+    wanted = [row for row in ROWS if row[0].startswith(only)]
+    rows = wanted if torch.cuda.is_available() else [row for row in wanted if not row[0].startswith("gpu")]
+    if rows != wanted:
+        print("There is no CUDA device: the rows that begin with gpu are left out.", flush=True)
+    for key, name, base, options, rounds in rows:
+        results |= {"gpu": gpu()} if key.startswith("gpu") else {"machine": machine()}
         times = 1 if name in ONCE or options.get("kind") == "GPT" else repeats
         found = in_fresh_processes(name, times, **options, rounds=max(rounds // divisor, 1))
         if isinstance(found[0][next(iter(found[0]))], dict):  # several figures of one measurement
@@ -160,6 +170,11 @@ def machine() -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     return {"cpu": f"{model}, {os.cpu_count()} cores", "python": platform.python_version(), **versions}
+
+
+def gpu() -> dict[str, str]:
+    """Where the figures of a GPU come from."""
+    return {"name": torch.cuda.get_device_name(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
 
 
 def main() -> None:

@@ -20,6 +20,11 @@ class Job:
     loss_fn: Loss
     batch: tuple[torch.Tensor, torch.Tensor]
 
+    @property
+    def device(self) -> str:
+        """The type of the device that it is on."""
+        return self.batch[0].device.type
+
 
 class Block(nn.Module):
     """A unit that is little arithmetic and much bookkeeping."""
@@ -39,24 +44,33 @@ class Layer(nn.TransformerEncoderLayer):
         super().__init__(width, width // 64, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
         return super().forward(x, src_mask=mask, is_causal=True)
 
 
 class GPT(nn.Module):
-    """Bytes, 64 at a time: 10.8 million parameters."""
+    """`length` tokens at a time."""
 
-    def __init__(self, layers: int = 6, width: int = 384) -> None:
+    def __init__(self, layers: int, width: int, vocabulary: int, length: int) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(256, width), nn.Embedding(64, width)
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x))
+
+
+# layers, width, vocabulary, tokens in a row; rows of a batch
+GPTS = {
+    "GPT": (6, 384, 256, 64, 4),  # bytes: 10.8 million parameters
+    "GPT-2 124M": (12, 768, 50304, 1024, 16),
+    "GPT-2 350M": (24, 1024, 50304, 1024, 8),
+    "GPT-2 tiny": (2, 64, 128, 32, 2),
+}
 
 
 def squares(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -76,13 +90,17 @@ def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
 
 
-def job(kind: str, rank: int = 0) -> Job:
-    """ "N layers" of `Linear(32, 32)`, "8 blocks", "4 encoder layers" or "GPT"."""
+def job(kind: str, rank: int = 0, device: torch.device | str = "cpu") -> Job:
+    """ "N layers" of `Linear(32, 32)`, "8 blocks", "4 encoder layers", or one of `GPTS`."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1 + rank)
-    if kind == "GPT":
-        tokens = torch.randint(256, (4, 65), generator=generator)
-        return Job(net=GPT(), unit=Layer, loss_fn=next_token, batch=(tokens[:, :-1], tokens[:, 1:]))
+    if kind in GPTS:
+        *sizes, rows = GPTS[kind]
+        net = GPT(*sizes)
+        if kind != "GPT":  # GPT-2 embeds tokens by the weights of its head
+            net.tokens.weight = net.head.weight
+        tokens = torch.randint(net.head.out_features, (rows, sizes[-1] + 1), generator=generator).to(device)
+        return Job(net=net.to(device), unit=Layer, loss_fn=next_token, batch=(tokens[:, :-1], tokens[:, 1:]))
     if kind == "8 blocks":
         net, unit, shape = blocks(8, Block), Block, (16, 256)
     elif kind == "4 encoder layers":
@@ -90,5 +108,5 @@ def job(kind: str, rank: int = 0) -> Job:
     else:
         count = int(kind.removesuffix(" layers"))
         net, unit, shape = nn.Sequential(*(nn.Linear(32, 32) for _ in range(count))), nn.Linear, (8, 32)
-    x, y = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-    return Job(net=net, unit=unit, loss_fn=squares, batch=(x, y))
+    x, y = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    return Job(net=net.to(device), unit=unit, loss_fn=squares, batch=(x, y))

@@ -42,9 +42,9 @@ def unsynchronised(net: Any, way: str, last: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def arithmetic(precision: str) -> contextlib.AbstractContextManager[Any]:
+def arithmetic(work: Job, precision: str) -> contextlib.AbstractContextManager[Any]:
     """Around a forward pass that one writes by hand."""
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+    return torch.autocast(work.device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
 
 
 def by_hand(work: Job, way: str, accumulation: int, precision: str, rule: str, fused: bool | None = None) -> Step:
@@ -58,7 +58,7 @@ def by_hand(work: Job, way: str, accumulation: int, precision: str, rule: str, f
         optimizer.zero_grad()
         for index in range(accumulation):
             with unsynchronised(net, way, index == accumulation - 1) if accumulation > 1 else contextlib.nullcontext():
-                with arithmetic(precision):
+                with arithmetic(work, precision):
                     loss = work.loss_fn(net, *work.batch)
                 (loss / accumulation if accumulation > 1 else loss).backward()
         optimizer.step()
@@ -74,7 +74,7 @@ def without_optimizer(work: Job, precision: str) -> Step:
     def step() -> torch.Tensor:
         for parameter in parameters:
             parameter.grad = None
-        with arithmetic(precision):
+        with arithmetic(work, precision):
             loss = work.loss_fn(work.net, *work.batch)
         loss.backward()
         return loss.detach()
@@ -84,22 +84,23 @@ def without_optimizer(work: Job, precision: str) -> Step:
 
 def by_fabricfn(rt: ff.Runtime, work: Job, accumulation: int, rule: str, donate: bool, **options: Any) -> Step:
     """`options` are those of `ff.accumulate`."""
-    model = ff.setup_model(rt, work.net)
+    model = ff.setup_model(rt, work.net, donate=True)
     opt = ff.setup_optimizer(rt, model, getattr(torch.optim, rule), lr=LEARNING_RATE)
     several = ff.accumulate(rt, work.loss_fn, **options)
-    one = ff.value_and_grad(rt, work.loss_fn)
+    one, batch = ff.value_and_grad(rt, work.loss_fn), work.batch
 
-    def step() -> torch.Tensor:
+    def step() -> torch.Tensor:  # holds no net: that would be one copy of the parameters more than a script has
         nonlocal model, opt
-        loss, grads = one(model, *work.batch) if accumulation == 1 else several(model, [work.batch] * accumulation)
+        loss, grads = one(model, *batch) if accumulation == 1 else several(model, [batch] * accumulation)
         model, opt = ff.optimizer_step(rt, model, opt, grads, donate=donate)
         return loss
 
     return step
 
 
-def by_compiled(rt: ff.Runtime, work: Job, accumulation: int, rule: str) -> Step:
-    model = ff.setup_model(rt, work.net)
+def by_compiled(rt: ff.Runtime, work: Job, accumulation: int, rule: str, **options: Any) -> Step:
+    """`options` are those of `ff.compile_step`."""
+    model = ff.setup_model(rt, work.net, donate=True)
     opt = ff.setup_optimizer(rt, model, getattr(torch.optim, rule), lr=LEARNING_RATE)
     one, several = ff.value_and_grad(rt, work.loss_fn), ff.accumulate(rt, work.loss_fn)
 
@@ -107,7 +108,7 @@ def by_compiled(rt: ff.Runtime, work: Job, accumulation: int, rule: str) -> Step
         loss, grads = one(model, *batch) if accumulation == 1 else several(model, [batch] * accumulation)
         return *ff.optimizer_step(rt, model, opt, grads, donate=True), loss
 
-    compiled = ff.compile_step(rt, whole)
+    compiled = ff.compile_step(rt, whole, **options)
 
     def step() -> torch.Tensor:
         nonlocal model, opt
@@ -130,7 +131,7 @@ def by_fabric(rt: ff.Runtime, work: Job, way: str, accumulation: int, precision:
             tensor_parallel_size=1,
         ),
     }
-    fabric = Fabric(accelerator="cpu", devices=rt.world_size, strategy=strategies[way](), precision=precision)
+    fabric = Fabric(accelerator=work.device, devices=rt.world_size, strategy=strategies[way](), precision=precision)
     fabric.launch()
     net = fabric.setup(work.net)
     optimizer = fabric.setup_optimizers(getattr(torch.optim, rule)(net.parameters(), lr=LEARNING_RATE))
@@ -160,7 +161,7 @@ def by_accelerate(work: Job, way: str, accumulation: int, precision: str, rule: 
         cpu_ram_efficient_loading=False,
     )
     accelerator = Accelerator(
-        cpu=True,
+        cpu=work.device == "cpu",
         mixed_precision="bf16" if precision == "bf16-mixed" else "no",
         gradient_accumulation_steps=accumulation,
         fsdp_plugin=plugin if way == "fsdp" else None,
@@ -185,25 +186,27 @@ def by_accelerate(work: Job, way: str, accumulation: int, precision: str, rule: 
     return step
 
 
-def loops(rt: ff.Runtime, kind: str, way: str, accumulation: int, precision: str, rule: str) -> dict[str, Step]:
-    """By name, of all that is installed; all begin at the same weights, each with the batch of its rank."""
+def loops(
+    rt: ff.Runtime, kind: str, way: str, accumulation: int, precision: str, rule: str
+) -> dict[str, Callable[[], Step]]:
+    """What makes them, by name; all begin at the same weights, each with the batch of its rank. Peers: if installed."""
     if way != "single":
         os.environ |= {"RANK": str(rt.rank), "LOCAL_RANK": str(rt.rank), "WORLD_SIZE": str(rt.world_size)}
 
     def work() -> Job:
-        return job(kind, rt.rank)
+        return job(kind, rt.rank, rt.device)
 
     found = {
-        "plain": by_hand(work(), way, accumulation, precision, rule),
-        "plain again (noise)": by_hand(work(), way, accumulation, precision, rule),
-        "fused": by_hand(work(), way, accumulation, precision, rule, fused=True),
-        "fabricfn, donated": by_fabricfn(rt, work(), accumulation, rule, donate=True),
-        "fabricfn, pure": by_fabricfn(rt, work(), accumulation, rule, donate=False),
+        "plain": lambda: by_hand(work(), way, accumulation, precision, rule),
+        "plain again (noise)": lambda: by_hand(work(), way, accumulation, precision, rule),
+        "fused": lambda: by_hand(work(), way, accumulation, precision, rule, fused=True),
+        "fabricfn, donated": lambda: by_fabricfn(rt, work(), accumulation, rule, donate=True),
+        "fabricfn, pure": lambda: by_fabricfn(rt, work(), accumulation, rule, donate=False),
     }
     if (kind, accumulation) in COMPILED and rt.strategy.name in ("single", "functional"):
-        found["fabricfn, compiled"] = by_compiled(rt, work(), accumulation, rule)
+        found["fabricfn, compiled"] = lambda: by_compiled(rt, work(), accumulation, rule)
     if find_spec("lightning_fabric"):
-        found["Lightning Fabric"] = by_fabric(rt, work(), way, accumulation, precision, rule)
+        found["Lightning Fabric"] = lambda: by_fabric(rt, work(), way, accumulation, precision, rule)
     if find_spec("accelerate"):
-        found["Accelerate"] = by_accelerate(work(), way, accumulation, precision, rule)
+        found["Accelerate"] = lambda: by_accelerate(work(), way, accumulation, precision, rule)
     return found

@@ -1,6 +1,7 @@
 """The page docs/benchmarks.md, from the figures: sections of tables, as data."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,10 @@ ASKED: dict[str, dict[str, float]] = {
     "sharded save": {"fabricfn": 1.11},
     "load": {"fabricfn": 1.0},
     "sharded load": {"fabricfn": 1.0},
+    "gpu steps 4": {"fabricfn, donated": 1.0},
+    "gpu steps 40": {"fabricfn, donated": 1.0, "fabricfn, captured": 0.5},
+    "gpu GPT-2 124M step": {"fabricfn, donated": 1.0},
+    "gpu GPT-2 350M step": {"fabricfn, donated": 1.0},
 }
 
 HEAD = """# Benchmarks
@@ -341,7 +346,63 @@ def lines_of(table: Table, results: dict[str, Any]) -> str:
     return (f"{table.text}\n\n" if table.text else "") + text + "\n"
 
 
+GPU_STEPS = Table(
+    text="""Wall time of a step with AdamW, of ten in a row. Layers of `Linear(32, 32)` in float32: all take turns.
+GPT-2 with bf16-mixed on random tokens (16 rows of 1,024 for 124M, 8 for 350M), attention by
+`scaled_dot_product_attention`: each contender in a process of its own. Compiled by hand: the loss function, before a
+fused AdamW. Captured: the whole step as one CUDA graph.""",
+    rows={
+        "gpu steps 4": "4 layers",
+        "gpu steps 40": "40 layers",
+        "gpu GPT-2 124M step": "GPT-2 124M",
+        "gpu GPT-2 350M step": "GPT-2 350M",
+    },
+    base="by hand",
+    columns={
+        **HAND,
+        "compiled": "by hand, compiled",
+        "captured": "by hand, captured",
+        **OURS,
+        **COMPILED,
+        "fabricfn, captured": "fabricfn, captured",
+        **PEERS,
+    },
+)
+GPU_FIGURES = (
+    {
+        f"gpu GPT-2 {size} {part}": f"{size}: {title}"
+        for size in ("124M", "350M")
+        for part, title in (("tokens", "1,000 tokens a second"), ("MFU", "MFU in %"), ("memory", "peak memory in GiB"))
+    },
+    {"gpu checkpoints save": "384 MiB from the GPU to the disk, GB/s"},
+    {"gpu checkpoints load": "384 MiB from the page cache to the GPU, GB/s"},
+)
+
+
+def figures_of(rows: dict[str, str], results: dict[str, Any]) -> str:
+    """The figures themselves, a column per contender."""
+    there = {key: results[key] for key in rows if key in results}
+    names = list(dict.fromkeys(name for result in there.values() for name in result["ratios"]))
+    titles = {"plain": GPU_STEPS.base, **GPU_STEPS.columns}
+    lines = [["", *(titles.get(name, name) for name in names)], ["---"] * (1 + len(names))]
+    for key, result in there.items():
+        values = (f"{result['seconds'] * result['ratios'].get(name, math.nan):.2f}" for name in names)
+        lines.append([rows[key], *values])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines if there) + "\n"
+
+
+def gpu_section(results: dict[str, Any]) -> str:
+    """What was measured on a GPU, or that nothing was."""
+    if "gpu" not in results:
+        return "## On a GPU\n\nNot measured, for want of one: `python -m tests.benchmarks --only gpu` where CUDA is.\n"
+    head = "## On a GPU\n\nMeasured on {name}; torch {torch}, CUDA {cuda}.\n".format(**results["gpu"])
+    text = """MFU: products (6 for each parameter and token, and attention) over what the maker's data sheet says of
+dense bfloat16. Memory: `torch.cuda.max_memory_allocated`.
+"""
+    return "\n".join([head, lines_of(GPU_STEPS, results), text, *(figures_of(rows, results) for rows in GPU_FIGURES)])
+
+
 def render(results: dict[str, Any], processes: int = 3) -> str:
     """The whole page."""
     parts = [section(results) if callable(section) else lines_of(section, results) for section in SECTIONS]
-    return "\n".join([HEAD.format(**results["machine"], processes=processes), *parts])
+    return "\n".join([HEAD.format(**results["machine"], processes=processes), *parts, gpu_section(results)])

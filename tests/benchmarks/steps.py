@@ -12,6 +12,14 @@ from tests.benchmarks.loops import by_fabricfn, loops, without_optimizer
 from tests.benchmarks.timing import interleaved
 
 
+def check(losses: dict[str, list[float]], precision: str) -> None:
+    """That all contenders have learnt what the loop by hand has."""
+    expected, rtol = torch.tensor(losses["plain"]), 1e-4 if precision == "32-true" else 1e-2
+    for name, found in losses.items():
+        if not torch.allclose(torch.tensor(found), expected, rtol=rtol):
+            raise AssertionError(f"{name} computes something else: losses {found}, by hand {losses['plain']}")
+
+
 def measure(
     rt: ff.Runtime,
     kind: str,
@@ -28,11 +36,8 @@ def measure(
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a Linear returns a view; nobody writes into it
-    steps = loops(rt, kind, way, accumulation, precision, rule)
-    losses = {name: torch.stack([step().float() for _ in range(2)]) for name, step in steps.items()}
-    for name, found in losses.items():
-        if not torch.allclose(found, losses["plain"], rtol=1e-4 if precision == "32-true" else 1e-2):
-            raise AssertionError(f"{name} computes something else: losses {found}, by hand {losses['plain']}")
+    steps = {name: make() for name, make in loops(rt, kind, way, accumulation, precision, rule).items()}
+    check({name: [step().item() for _ in range(2)] for name, step in steps.items()}, precision)
     alone = way == "single"
     if alone and accumulation == 1:
         steps["no optimizer"] = without_optimizer(job(kind), precision)

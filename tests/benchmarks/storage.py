@@ -17,15 +17,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fabricfn as ff
-from tests.benchmarks.timing import Contenders, interleaved
+from tests.benchmarks.timing import Contenders, clock_of, interleaved
 
 ROWS, COLUMNS, TENSORS = 4096, 1024, 24  # of float32: 24 tensors of 16 MiB
 
 
-def tensors() -> dict[str, torch.Tensor]:
-    """384 MiB of numbers that do not compress."""
+def tensors(device: str = "cpu", count: int = TENSORS) -> dict[str, torch.Tensor]:
+    """By default 384 MiB; of numbers that do not compress."""
     generator = torch.Generator().manual_seed(0)
-    return {f"layer{index}": torch.randn(ROWS, COLUMNS, generator=generator) for index in range(TENSORS)}
+    return {f"layer{index}": torch.randn(ROWS, COLUMNS, generator=generator).to(device) for index in range(count)}
 
 
 def installed(package: str) -> bool:
@@ -45,36 +45,36 @@ def write_bare(path: Path, parts: list[torch.Tensor]) -> None:
     """The bytes alone: one file, one fsync."""
     with open(path, "wb", buffering=0) as file:
         for part in parts:
-            file.write(memoryview(part.numpy()).cast("B"))
+            file.write(memoryview(part.cpu().numpy()).cast("B"))
         os.fsync(file.fileno())
 
 
-def fabric_saver(state: dict[str, torch.Tensor]) -> dict[str, Callable[[Path], object]]:
+def fabric_saver(state: dict[str, torch.Tensor], device: str) -> dict[str, Callable[[Path], object]]:
     """Lightning Fabric's `save`, where it is installed."""
     if not installed("lightning_fabric") and not installed("lightning"):
         return {}
     from lightning_fabric import Fabric
 
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator=device, devices=1)
     return {"Lightning Fabric": lambda path: (fabric.save(path, {"model": state}), flushed(path))}
 
 
-def accelerate_saver(state: dict[str, torch.Tensor]) -> dict[str, Callable[[Path], object]]:
+def accelerate_saver(state: dict[str, torch.Tensor], device: str) -> dict[str, Callable[[Path], object]]:
     """Accelerate's `save_state` of a model with these parameters, where it is installed."""
     if not installed("accelerate"):
         return {}
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=device == "cpu")
     module = torch.nn.ParameterDict({name: torch.nn.Parameter(value) for name, value in state.items()})
     accelerator.prepare(module)
     return {"Accelerate": lambda path: (accelerator.save_state(str(path)), flushed(path))}
 
 
-def measure_save(rounds: int) -> dict[str, float]:
+def measure_save(rounds: int, device: str = "cpu", count: int = TENSORS) -> dict[str, float]:
     """Median seconds of a save into a new place, everything on the disk, one process."""
     torch.set_num_threads(1)
-    rt, state = ff.init_runtime(accelerator="cpu", devices=1), tensors()
+    rt, state = ff.init_runtime(accelerator=device, devices=1), tensors(device, count)
     values = list(state.values())
     savers: dict[str, Callable[[Path], object]] = {
         "bare": lambda path: write_bare(path, values),
@@ -82,12 +82,12 @@ def measure_save(rounds: int) -> dict[str, float]:
         "fabricfn": lambda path: ff.save(rt, path, {"model": state}),
         "torch.save": lambda path: (torch.save(state, path), flushed(path)),
         "DCP": lambda path: (dcp.save({"model": state}, checkpoint_id=path, no_dist=True), flushed(path)),
-        **fabric_saver(state),
-        **accelerate_saver(state),
+        **fabric_saver(state, device),
+        **accelerate_saver(state, device),
     }
     with new_places() as (place, clean):
         contenders: Contenders = {name: lambda save=save: save(place) for name, save in savers.items()}
-        return interleaved(contenders, rounds, time.perf_counter, warmup=1, between=clean, again=True)
+        return interleaved(contenders, rounds, clock_of(device), warmup=1, between=clean, again=True)
 
 
 @contextlib.contextmanager
@@ -104,10 +104,10 @@ def new_places() -> Generator[tuple[Path, Callable[[], None]]]:
         yield place, clean
 
 
-def measure_load(rounds: int) -> dict[str, float]:
+def measure_load(rounds: int, device: str = "cpu", count: int = TENSORS) -> dict[str, float]:
     """Median seconds of a load into new tensors, from the page cache, one process; ours checks every byte."""
     torch.set_num_threads(1)
-    rt, state = ff.init_runtime(accelerator="cpu", devices=1), tensors()
+    rt, state = ff.init_runtime(accelerator=device, devices=1), tensors(device, count)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ff.save(rt, folder / "ours", state)
@@ -125,10 +125,10 @@ def measure_load(rounds: int) -> dict[str, float]:
             "fabricfn": lambda: ff.load(rt, folder / "ours", state),
             "torch.load": lambda: torch.load(folder / "torch", weights_only=True),
             "safetensors, copied": lambda: {
-                key: value.clone() for key, value in safetensors.torch.load_file(folder / "safetensors").items()
+                key: value.clone() for key, value in safetensors.torch.load_file(folder / "safetensors", device).items()
             },
         }
-        return interleaved(contenders, rounds, time.perf_counter, warmup=1, again=True)
+        return interleaved(contenders, rounds, clock_of(device), warmup=1, again=True)
 
 
 def measure_sharded(rt: ff.Runtime, rounds: int) -> dict[str, dict[str, float]]:
