@@ -1,6 +1,6 @@
 """Compiled steps by the real compiler: `nox -s compiling`. Not part of the round, since a C++ compiler takes its time.
 
-What the graph must be is tested in `test_compiling.py`; here it is inductor that must keep it so.
+What the graph must be is tested in `test_compil*.py`; here it is inductor that must keep it so.
 """
 
 import dataclasses
