@@ -1,4 +1,4 @@
-"""What `flat_sharded` has of its own; the laws that it shares with fsdp are held by test_fsdp.py and test_laws.py."""
+"""What `flat_sharded` has of its own; the laws that it shares with fsdp are held by test_fsdp*.py and test_laws.py."""
 
 import pytest
 import torch
