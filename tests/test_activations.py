@@ -115,7 +115,7 @@ STRATEGIES = {
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_policies_change_no_bit_under_any_strategy(threads, strategy):
     expected = threads.run(trained, None, strategy=strategy, precision=64)
-    for name in ("keep_matmuls", "offload", "mixed"):  # test_strategy_options.py has the others
+    for name in ("keep_matmuls", "offload", "mixed"):  # test_recomputing.py has the others
         found = threads.run(trained, POLICIES[name], strategy=strategy, precision=64)
         assert testing.difference(found, expected) is None, name
 

@@ -1,6 +1,5 @@
-"""The options of strategies: each gives the gradients of `single`, does what it says, and is checked."""
+"""The options of fsdp and ddp, and the strings for strategies: each gives what `single` gives, and is checked."""
 
-import dataclasses
 import multiprocessing
 
 import pytest
@@ -8,69 +7,12 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from fabricfn import sharding, testing
-from fabricfn.accelerators import choose, in_one_process
+from fabricfn import sharding
 from fabricfn.errors import ConfigurationError
 from fabricfn.starting.request import Request, start_method_of
-from fabricfn.strategies import ddp, dp, fsdp
-from fabricfn.strategies.dp import Seam
+from fabricfn.strategies import ddp, fsdp
+from tests.blocks import NET, NORMED, X, rows, squares, wholes
 from tests.worlds import world_of
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(6, 6)
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        return x + self.fc(x).tanh() * self.gain
-
-
-class Net(nn.Module):
-    """`last=False` leaves the last block out."""
-
-    def __init__(self):
-        super().__init__()
-        self.inp = nn.Linear(5, 6)
-        self.blocks = nn.ModuleList([Block() for _ in range(3)])
-        self.out = nn.Linear(6, 3)
-
-    def forward(self, x, last=True):
-        x = self.inp(x)
-        for block in self.blocks[: None if last else 2]:
-            x = block(x)
-        return self.out(x)
-
-
-def built(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = Net().double()
-    net.blocks[1].fc.weight.requires_grad_(False)
-    return net
-
-
-NET = built()  # not in the ranks: threads share the generator
-X = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def squares(net, x, **options):
-    return net(x, **options).square().mean()
-
-
-def rows(rt):
-    return X.tensor_split(rt.world_size)[rt.rank]
-
-
-def wholes(params):
-    return {name: None if value is None else sharding.whole(value) for name, value in params.items()}
-
-
-def assert_close(found, expected, tolerance=1e-12):
-    assert list(found) == list(expected)
-    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=tolerance)
-
 
 threads = world_of("threads", 4)
 processes = world_of("processes", 2)
@@ -79,6 +21,11 @@ processes = world_of("processes", 2)
 @pytest.fixture(scope="module")
 def alone():
     return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    assert list(found) == list(expected)
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=tolerance)
 
 
 def single_grads(loss_fn=squares, module=NET):
@@ -194,97 +141,6 @@ def test_options_of_fsdp_that_do_not_fit_the_world_or_the_net(threads):
     threads.run(refused, r"no parameter fits 'x\*'; there are inp", strategy=fsdp(ignored_params="x*"), world_size=2)
 
 
-# Activation checkpointing
-
-
-PASSES = []
-
-
-class Norm(nn.Module):
-    """Its result depends on a buffer that it changes, as under a power iteration."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
-        self.register_buffer("scale", torch.ones(()))
-
-    def forward(self, x):
-        PASSES.append(torch.is_grad_enabled())
-        self.scale = self.scale * 1.5
-        self.norm.weight.shape  # noqa: B018  # a read outside of a child's forward
-        return x + self.norm(self.fc(x)).tanh() * self.scale
-
-
-def normed():
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return nn.Sequential(nn.Linear(5, 6), Norm(), Norm(), nn.Linear(6, 3)).double()
-
-
-NORMED = normed()
-
-
-def trained(rt, options):
-    model = ff.setup_model(rt, NORMED, **options)
-    opt = ff.setup_optimizer(rt, model, torch.optim.SGD, lr=0.1)
-    for _ in range(2):
-        PASSES.clear()
-        _, grads = ff.accumulate(rt, squares)(model, rows(rt).chunk(2))
-        model, opt = ff.optimizer_step(rt, model, opt, grads)
-    ff.apply(rt, model, X)
-    return wholes(model.params), dict(model.buffers), list(map(type, ff.to_module(rt, model)))
-
-
-@pytest.mark.parametrize(
-    ("strategy", "units"),
-    [
-        (ff.strategies.functional(), Norm),
-        (ddp(), "auto"),
-        (ddp(static_graph=True), Norm),
-        (ddp(find_unused_parameters=True), lambda name, module: name in ("", "1", "1.fc")),
-        (fsdp(units=Norm), Norm),
-        (fsdp(units=None), (Norm, nn.Linear)),
-        (fsdp(units=nn.Linear), Norm),
-        (ff.strategies.flat_sharded(units=Norm), Norm),
-    ],
-)
-def test_activation_checkpointing_changes_nothing_under_any_strategy(threads, strategy, units):
-    plain = threads.run(trained, {}, strategy=strategy, precision=64, world_size=2)
-    again = threads.run(trained, {"activation_checkpointing": units}, strategy=strategy, precision=64, world_size=2)
-    for found, expected in zip(again, plain, strict=True):
-        assert testing.difference(found, expected) is None
-
-
-def test_activation_checkpointing_computes_again_only_for_gradients_of_parameters(alone):
-    def passes(**options):
-        model = ff.setup_model(alone, NORMED, **options)
-        counts = []
-        x = X.clone().requires_grad_()
-        for call in (
-            lambda: ff.value_and_grad(alone, squares)(model, X),
-            lambda: ff.value(alone, squares)(model, X),
-            lambda: ff.apply(alone, model, x).sum().backward(),
-            lambda: ff.value_and_grad(alone, lambda net, fixed: squares(net, X) + squares(fixed, X))(model, model),
-            lambda: ff.to_module(alone, model)(X).sum().backward(),
-        ):
-            PASSES.clear()
-            call()
-            counts.append(len(PASSES))
-        return counts
-
-    assert passes() == [2, 2, 2, 4, 2]
-    assert passes(activation_checkpointing=Norm) == [4, 2, 2, 6, 2]
-    assert passes(activation_checkpointing=lambda name, module: name == "1") == [3, 2, 2, 5, 2]
-
-
-def test_a_module_that_was_checkpointed_leaves_as_it_was_written(alone):
-    module = ff.to_module(alone, ff.setup_model(alone, NORMED, activation_checkpointing=Norm))
-    assert not any("forward" in vars(part) for part in module.modules())
-    for wrong, match in ((nn.GRU, "chooses no module"), ("all", "chooses no modules"), (nn.ModuleList, "chooses no")):
-        with pytest.raises(ConfigurationError, match=match):
-            ff.setup_model(alone, NORMED, activation_checkpointing=wrong)
-
-
 # ddp
 
 
@@ -389,119 +245,3 @@ def test_which_method_a_string_means_and_contradictions():
         assert start_method_of(Request(strategy=strategy, start_method=given)) == method
     with pytest.raises(ConfigurationError, match=r"'ddp_fork' means start_method=\"fork\", but start_method='spawn'"):
         ff.launch(where, devices=2, accelerator="cpu", strategy="ddp_fork", start_method="spawn")
-
-
-# dp
-
-
-def apart(tensor, device):
-    return tensor.clone()
-
-
-def replicas(count, log=None, **options):
-    """dp over `count` devices, all of them this CPU, with copies as between devices."""
-
-    def chunk(tensor, number):
-        parts = torch.chunk(tensor, number)
-        if log is not None:
-            log.append([len(part) for part in parts])
-        return parts
-
-    return dp(["cpu"] * count, seam=Seam(move=apart, chunk=chunk))
-
-
-def under(strategy, precision=64):
-    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(precision), strategy=strategy)
-
-
-def nested(net, batch, *, more, scale):
-    x, (y, label) = batch
-    assert label == "x"
-    assert scale.dim() == 0
-    assert len(x) == len(y) == len(more[0]["z"])
-    loss = (net(x) - y).square() * scale + more[0]["z"]
-    return loss
-
-
-def batch_of(count):
-    return (X[:count], (X[:count, :3] * 2, "x")), {"more": [{"z": X[:count, 3:4]}], "scale": torch.tensor(0.5)}
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 12])
-@pytest.mark.parametrize("devices", [2, 3, 5])
-def test_dp_scatters_nested_batches_and_takes_the_mean_over_rows(alone, count, devices):
-    log = []
-    args, kwargs = batch_of(count)
-    found = []
-    for rt in (alone, under(replicas(devices, log))):
-        model = ff.setup_model(rt, NET)
-        for weighted in (False, True):
-
-            def loss_fn(net, *args, weighted=weighted, **kwargs):
-                loss = nested(net, *args, **kwargs)
-                aux = {
-                    "each": loss.detach().mean(1),
-                    "mean": loss.mean().item(),
-                    "rows": loss.detach().mean(),
-                    "n": "x",
-                }
-                return ((loss.sum(), len(loss)) if weighted else loss.mean()), aux
-
-            grad_fn = ff.value_and_grad(rt, loss_fn, has_aux=True, weighted=weighted)
-            (loss, aux), grads = grad_fn(model, args, **kwargs)
-            found.append((loss, aux, dict(grads.params)))
-    for one, other in zip(found[:2], found[2:], strict=True):
-        assert testing.difference(other, one, 1e-12) is None
-    assert all(sizes == [len(part) for part in torch.chunk(X[:count], min(count, devices))] for sizes in log)
-    assert len(log) == (6 if count > 1 else 0)
-
-
-def test_dp_with_buffers_constants_checkpointing_and_two_models(alone):
-    def run(rt, **options):
-        model, other = (ff.setup_model(rt, built(seed), **options) for seed in (0, 1))
-        opt = ff.setup_optimizer(rt, (model, other), torch.optim.SGD, lr=0.1)
-
-        def loss_fn(nets, x, teacher):
-            return ((nets[0](x) - teacher(x)) * nets[1](x)).square().mean()
-
-        for _ in range(2):
-            _, grads = ff.accumulate(rt, loss_fn)((model, other), [(part, model) for part in X.chunk(2)])
-            (model, other), opt = ff.optimizer_step(rt, (model, other), opt, grads, donate=True)
-        return wholes(model.params), wholes(other.params), ff.apply(rt, model, X)
-
-    expected = run(alone)
-    for options in ({}, {"activation_checkpointing": Block}):
-        assert testing.difference(run(under(replicas(3)), **options), expected, 1e-12) is None
-
-
-def test_dp_keeps_the_buffers_of_the_first_replica(alone):
-    model = ff.setup_model(alone, NORMED)
-    _, grads = ff.value_and_grad(alone, squares)(model, X[:6])
-    first = grads.new_buffers
-    rt = under(replicas(2))
-    _, grads = ff.value_and_grad(rt, squares)(ff.setup_model(rt, NORMED), X)
-    assert testing.difference(grads.new_buffers, first, 0) is None
-
-
-def test_what_dp_refuses(alone):
-    rt = under(replicas(2))
-    model = ff.setup_model(rt, NET)
-    with pytest.raises(ff.CapabilityError, match=r"these have \[3, 12\] rows"):
-        ff.value_and_grad(rt, lambda net, x, y: net(x).mean())(model, X, X[:3])
-    with pytest.raises(ff.CapabilityError, match="dp adds up rows on each"):
-        ff.accumulate(rt, squares, reduce="canonical")
-    with pytest.raises(ConfigurationError, match=r'a CPU is one device; asked for are 2. Write strategy="ddp"'):
-        ff.init_runtime(accelerator="cpu", devices=2, strategy="dp")
-    with pytest.raises(ConfigurationError, match="serves at most 1 rank"):
-        ff.strategies.resolve("dp", 2)
-
-
-def test_dp_has_one_process_and_alone_it_is_single():
-    rt = ff.init_runtime(accelerator="cpu", strategy="dp")
-    assert (rt.strategy.name, rt.world_size) == ("dp", 1)
-    for field in dataclasses.fields(ff.Strategy):
-        if field.name != "name":
-            assert getattr(rt.strategy, field.name) is getattr(ff.strategies.single(), field.name)
-    choice = in_one_process(choose("cuda", [1, 3], {"cuda": 4, "cpu": 1}))
-    assert (choice.indices, choice.replicas) == ((1,), (1, 3))
-    assert in_one_process(choose("mps", "auto", {"mps": 1, "cpu": 1})).replicas == (0,)
