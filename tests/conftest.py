@@ -1,7 +1,6 @@
 """What several test files share: runtimes of one rank on which every strategy drives its real engine."""
 
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +12,8 @@ import fabricfn as ff
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Their assertions tell the values, as those of the tests do.
-HELPERS = (path.stem for path in Path(__file__).parent.glob("*.py"))
-pytest.register_assert_rewrite(
-    *(f"tests.{name}" for name in HELPERS if not name.startswith(("test_", "conftest", "_")))
-)
+# Assertions of helpers tell the values, as those of tests do.
+pytest.register_assert_rewrite("tests.support")
 
 torch.set_num_threads(1)  # tests fork, and a child of a process that has OpenMP's threads waits for them for ever
 

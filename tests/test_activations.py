@@ -13,8 +13,8 @@ from fabricfn import testing
 from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.strategies.recomputing import planned
 from fabricfn.testing import cases
-from tests.allocations import allocations, peak
-from tests.worlds import world_of
+from tests.support.allocations import allocations, peak
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 2)
 

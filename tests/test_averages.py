@@ -9,8 +9,8 @@ from torch import nn
 import fabricfn as ff
 from fabricfn import sharding
 from fabricfn.errors import ConfigurationError, ModelError
-from tests.tools import NET, X
-from tests.worlds import world_of
+from tests.support.tools import NET, X
+from tests.support.worlds import world_of
 
 two = world_of("threads", 2)
 

@@ -11,8 +11,8 @@ import fabricfn as ff
 from fabricfn import errands
 from fabricfn.checkpoint.format import manifest
 from fabricfn.checkpoint.snapshots import snapshot
-from tests.checkpoints import RT, bits
-from tests.gates import ends, gates
+from tests.support.checkpoints import RT, bits
+from tests.support.gates import ends, gates
 
 nothing_is_left = ends()
 gate = gates()

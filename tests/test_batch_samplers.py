@@ -10,8 +10,8 @@ from fabricfn.data import batches, setup_dataloader
 from fabricfn.errors import DataError, UnevenBatchesWarning
 from fabricfn.passes import cut_batches
 from fabricfn.records import Cursor
-from tests.feeds import ONE, Numbers, lists, ranks_of, uneven
-from tests.samplers import buckets
+from tests.support.feeds import ONE, Numbers, lists, ranks_of, uneven
+from tests.support.samplers import buckets
 
 
 def batches_of(world_size, make, cursor=0, tail="spread", num=20, seed=0):

@@ -11,8 +11,8 @@ from hypothesis import given, strategies as st
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.testing import cases
-from tests.problems import loop, problem
-from tests.worlds import few, world_of
+from tests.support.problems import loop, problem
+from tests.support.worlds import few, world_of
 
 ranks = world_of("threads", 4)
 

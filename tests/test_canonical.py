@@ -10,8 +10,8 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn import flat
-from tests.canonical import DISTRIBUTED, ROWS, batch, mean_square, mine, same, seeded, small, sums
-from tests.worlds import few, world_of
+from tests.support.canonical import DISTRIBUTED, ROWS, batch, mean_square, mine, same, seeded, small, sums
+from tests.support.worlds import few, world_of
 
 ranks = world_of("threads", 4)
 LARGE = flat.buckets.LARGE // 4 + 1001

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fabricfn as ff
-from tests.canonical import batch, bits_of, mean_square, mine, same, seeded, small, sums
-from tests.worlds import world_of
+from tests.support.canonical import batch, bits_of, mean_square, mine, same, seeded, small, sums
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 real = world_of("processes", 4)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from tests.canonical import ROWS, batch, mean_square, mine, same, seeded, small, sums
-from tests.worlds import world_of
+from tests.support.canonical import ROWS, batch, mean_square, mine, same, seeded, small, sums
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 

@@ -16,7 +16,7 @@ from fabricfn.accelerators import AUTO_ORDER
 from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.precision import NAMES as PRECISIONS, PACKAGED, check_name
 from fabricfn.strategies import ACCELERATORS, EXTRAS, NAMES, NEED_MORE, PRESETS, model_parallel, pipeline
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "strategies.md"
 BEGIN, END = "<!-- made by tests/test_capabilities.py -->", "<!-- end -->"

@@ -15,7 +15,7 @@ from torch import nn
 import fabricfn as ff
 from fabricfn.checkpoint.format import manifest
 from fabricfn.errors import DonatedError
-from tests.checkpoints import RT, bits, loss_fn, trained
+from tests.support.checkpoints import RT, bits, loss_fn, trained
 
 
 def ones(tree):

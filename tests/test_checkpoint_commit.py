@@ -14,7 +14,7 @@ from safetensors import safe_open
 import fabricfn as ff
 from fabricfn.checkpoint.storage import commit
 from fabricfn.errors import CheckpointError
-from tests.checkpoints import RT, damage, folder_of
+from tests.support.checkpoints import RT, damage, folder_of
 
 # ---------------------------------------------------------------- the commit
 

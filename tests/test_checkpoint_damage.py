@@ -14,7 +14,7 @@ import fabricfn as ff
 from fabricfn.checkpoint.format import manifest, validation, writing
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
-from tests.checkpoints import RT, bits, folder_of, save_common
+from tests.support.checkpoints import RT, bits, folder_of, save_common
 
 
 def checkpoint_of_two_files(folder):

@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 from fabricfn.collectives import all_gather, all_reduce, barrier
 from fabricfn.errors import MismatchError
-from tests.forks import fork, message_of
-from tests.worlds import world_of
+from tests.support.forks import fork, message_of
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 3)
 

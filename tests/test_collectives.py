@@ -22,8 +22,8 @@ from fabricfn.collectives import (
     send,
 )
 from fabricfn.errors import ConfigurationError, MismatchError
-from tests.forks import fork, message_of, runtime
-from tests.oracle import (
+from tests.support.forks import fork, message_of, runtime
+from tests.support.oracle import (
     COMPLEX,
     FLOATS,
     INTEGERS,
@@ -34,7 +34,7 @@ from tests.oracle import (
     check_reduction,
     plans,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 3)
 

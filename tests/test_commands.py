@@ -17,7 +17,7 @@ from torch import nn
 import fabricfn as ff
 from fabricfn.checkpoint.foreign.torch_outlines import torch_outline
 from fabricfn.errors import CheckpointError
-from tests.commands import GOLDEN, checkpoints, command
+from tests.support.commands import GOLDEN, checkpoints, command
 
 made = checkpoints()
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from tests.compiled import (
+from tests.support.compiled import (
     BACKEND,
     FUNCTIONAL,
     assert_close,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from tests.compiled import (
+from tests.support.compiled import (
     ATOL,
     BACKEND,
     FUNCTIONAL,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fabricfn as ff
 from fabricfn.optimizers.skipping import SMALL
-from tests.compiled import (
+from tests.support.compiled import (
     ATOL,
     BACKEND,
     FUNCTIONAL,
@@ -22,7 +22,7 @@ from tests.compiled import (
     make_step,
     tensors_of,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 2)
 

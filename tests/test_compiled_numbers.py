@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fabricfn as ff
-from tests.compiled import (
+from tests.support.compiled import (
     ATOL,
     BACKEND,
     assert_close,

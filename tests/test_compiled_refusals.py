@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from tests.compiled import BACKEND, make_batch, one_rank_in_float64
-from tests.worlds import world_of
+from tests.support.compiled import BACKEND, make_batch, one_rank_in_float64
+from tests.support.worlds import world_of
 
 rt = one_rank_in_float64()
 threads = world_of("threads", 2)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fabricfn as ff
-from tests.compiled import (
+from tests.support.compiled import (
     ATOL,
     BACKEND,
     FUNCTIONAL,
@@ -21,7 +21,7 @@ from tests.compiled import (
     one_rank_in_float64,
     tensors_of,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 rt = one_rank_in_float64()
 threads = world_of("threads", 2)

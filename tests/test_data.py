@@ -17,7 +17,7 @@ from fabricfn.records import Cursor
 from fabricfn.runtimes import Runtime
 from fabricfn.strategies.single import single
 from fabricfn.world import World
-from tests.feeds import ONE, Numbers, deals, epochs, lists, ranks_of, uneven, workers
+from tests.support.feeds import ONE, Numbers, deals, epochs, lists, ranks_of, uneven, workers
 
 
 class Noise(Numbers):

@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fabricfn as ff
 from fabricfn.strategies import ddp
-from tests.reducers import DISTRIBUTED, assert_all, assert_close, batch, mlp, seeded, single_grads, squares
-from tests.worlds import world_of
+from tests.support.reducers import DISTRIBUTED, assert_all, assert_close, batch, mlp, seeded, single_grads, squares
+from tests.support.worlds import world_of
 
 ranks = world_of("processes", 3)
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import fabricfn as ff
 from fabricfn import sharding
 from fabricfn.strategies import ddp
-from tests.reducers import DISTRIBUTED, assert_all, assert_close, batch, mlp, seeded, single_grads, squares
-from tests.worlds import world_of
+from tests.support.reducers import DISTRIBUTED, assert_all, assert_close, batch, mlp, seeded, single_grads, squares
+from tests.support.worlds import world_of
 
 ranks = world_of("processes", 3)
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 import fabricfn as ff
 from fabricfn.errors import MismatchError
-from tests.nets import prepared
-from tests.starts import TWO
+from tests.support.nets import prepared
+from tests.support.starts import TWO
 
 HERE = Path(__file__).name
 

@@ -15,8 +15,8 @@ from fabricfn import testing
 from fabricfn.errors import CapabilityError, GradientError, ModelError
 from fabricfn.sharding import is_sharded, local_of, whole
 from fabricfn.testing import cases
-from tests.worlds import world_of
-from tests.zero_stages import EVERY, ROWS, SINGLE, TOLERANCE, close, made, mine, mse, several, strategy, wholes
+from tests.support.worlds import world_of
+from tests.support.zero_stages import EVERY, ROWS, SINGLE, TOLERANCE, close, made, mine, mse, several, strategy, wholes
 
 pytest.importorskip("deepspeed", reason='the extra "test" has it')
 

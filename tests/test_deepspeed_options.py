@@ -9,7 +9,7 @@ import pytest
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.errors import CapabilityError, ConfigurationError
-from tests.zero_stages import SINGLE, made, strategy
+from tests.support.zero_stages import SINGLE, made, strategy
 
 pytest.importorskip("deepspeed", reason='the extra "test" has it')
 

@@ -13,7 +13,7 @@ from torch import nn
 import fabricfn as ff
 from fabricfn import deferring, sharding, testing
 from fabricfn.strategies import fsdp
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 CPU = torch.device("cpu")
 

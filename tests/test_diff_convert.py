@@ -12,8 +12,8 @@ from torch import nn
 import fabricfn as ff
 from fabricfn.checkpoint import exporting
 from fabricfn.errors import CheckpointError
-from tests.checkpoints import RT, trained
-from tests.commands import DOUBLE, GOLDEN, checkpoints, command
+from tests.support.checkpoints import RT, trained
+from tests.support.commands import DOUBLE, GOLDEN, checkpoints, command
 
 made = checkpoints()
 

@@ -11,7 +11,7 @@ from torch import nn
 import fabricfn as ff
 from fabricfn.errors import DonatedError, ModelError
 from fabricfn.states import optimizer_to_tree
-from tests.optimizers import RT, assert_intact, functionally, grads_of, inputs, loss_fn, net, same, snapshot
+from tests.support.optimizers import RT, assert_intact, functionally, grads_of, inputs, loss_fn, net, same, snapshot
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])

@@ -11,7 +11,7 @@ from fabricfn.accelerators import choose, in_one_process
 from fabricfn.errors import ConfigurationError
 from fabricfn.strategies import dp
 from fabricfn.strategies.dp import Seam
-from tests.blocks import NET, NORMED, Block, X, built, squares, wholes
+from tests.support.blocks import NET, NORMED, Block, X, built, squares, wholes
 
 
 @pytest.fixture(scope="module")

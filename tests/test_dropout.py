@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import fabricfn as ff
-from tests.generators import CHECKPOINTS, data, dropout_net, generators_put_back, same
+from tests.support.generators import CHECKPOINTS, data, dropout_net, generators_put_back, same
 
 put_back = generators_put_back()
 STRATEGIES = {"single": ff.strategies.single, "ddp": ff.strategies.ddp, "functional": ff.strategies.functional}

@@ -11,7 +11,7 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.starting.joining import local_device
 from fabricfn.starting.meeting import settle
 from fabricfn.starting.request import Request
-from tests.launchers import ELASTIC, KUBEFLOW, LSF, MPICH, OMPI, SLURM, SUBMITIT, place, without
+from tests.support.launchers import ELASTIC, KUBEFLOW, LSF, MPICH, OMPI, SLURM, SUBMITIT, place, without
 
 
 @pytest.fixture

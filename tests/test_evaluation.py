@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fabricfn as ff
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::fabricfn.errors.UnevenBatchesWarning")
 NUM, BATCH_SIZE = 359, 32  # a prime number of scans, as many as examples/digits.py holds out

@@ -9,7 +9,7 @@ import fabricfn as ff
 from fabricfn.sharding import full
 from fabricfn.strategies import flat_sharded
 from fabricfn.testing.thread_group import ThreadGroup
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 3)
 

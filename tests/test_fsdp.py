@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fabricfn as ff
 from fabricfn.sharding import local_of
-from tests.fully_sharded import (
+from tests.support.fully_sharded import (
     DOUBLE,
     Net,
     Ranks,
@@ -25,7 +25,7 @@ from tests.fully_sharded import (
     under_either,
     wholes,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 threads, processes = world_of("threads", 4), world_of("processes", 2)
 two = under_either("processes")

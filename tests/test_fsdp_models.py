@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from tests.fully_sharded import (
+from tests.support.fully_sharded import (
     DOUBLE,
     by_method,
     close,
@@ -23,7 +23,7 @@ from tests.fully_sharded import (
     under_either,
     wholes,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 threads, processes = world_of("threads", 4), world_of("processes", 2)
 four, two = under_either("threads"), under_either("processes")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from tests.gradients import data, fresh, loss_fn
+from tests.support.gradients import data, fresh, loss_fn
 
 
 def test_tensors_on_two_devices_are_named(rt):

@@ -8,7 +8,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.sharding import whole
-from tests.gradients import data, fresh, loss_fn
+from tests.support.gradients import data, fresh, loss_fn
 
 
 def test_any_computation_of_the_net_gives_plain_autograds_gradients(rt):

@@ -9,8 +9,8 @@ from hypothesis import example, given, strategies as st
 import fabricfn as ff
 from fabricfn import sharding
 from fabricfn.errors import ConfigurationError, DonatedError
-from tests.tools import NET, X
-from tests.worlds import world_of
+from tests.support.tools import NET, X
+from tests.support.worlds import world_of
 
 two = world_of("threads", 2)
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 import fabricfn as ff
 from fabricfn.errors import HangError, LaunchError, LeftError, MismatchError, PeerError
 from fabricfn.failures import is_consequence
-from tests.nets import prepared, square
-from tests.starts import TWO
+from tests.support.nets import prepared, square
+from tests.support.starts import TWO
 
 HERE = Path(__file__).name
 PROGRAM = Path(__file__).parent / "programs" / "leaves.py"

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fabricfn as ff
 from fabricfn.sharding import whole
-from tests.gradients import data
+from tests.support.gradients import data
 
 
 def test_dcgan(rt):

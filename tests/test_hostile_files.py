@@ -13,7 +13,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.torch_files import RT, dcp_save
+from tests.support.torch_files import RT, dcp_save
 
 
 class Evil:

@@ -12,8 +12,8 @@ import pytest
 import fabricfn as ff
 from fabricfn.environments import Topology
 from fabricfn.errors import ConfigurationError
-from tests.launchers import OMPI, SLURM
-from tests.starts import LOOPBACK, PROGRAMS
+from tests.support.launchers import OMPI, SLURM
+from tests.support.starts import LOOPBACK, PROGRAMS
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import ConfigurationError, GradientError, ModelError
-from tests.optimizers import (
+from tests.support.optimizers import (
     RT,
     assert_intact,
     by_hand,

@@ -13,7 +13,7 @@ import fabricfn as ff
 from fabricfn.errors import LaunchError
 from fabricfn.failures import first_cause, record
 from fabricfn.starting.agent import _Agent
-from tests.starts import PROGRAMS, TWO, meet, own
+from tests.support.starts import PROGRAMS, TWO, meet, own
 
 pytestmark = pytest.mark.timeout(120)
 

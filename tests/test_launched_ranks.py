@@ -15,7 +15,7 @@ import fabricfn as ff
 from fabricfn.errors import ConfigurationError
 from fabricfn.starting.launching import start_method
 from fabricfn.starting.request import Request, choice_of
-from tests.starts import LOOPBACK, PROGRAMS, TWO, meet, own, run
+from tests.support.starts import LOOPBACK, PROGRAMS, TWO, meet, own, run
 
 pytestmark = pytest.mark.timeout(120)
 

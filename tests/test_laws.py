@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.testing import cases
-from tests.problems import loop, problem
-from tests.worlds import few, world_of
+from tests.support.problems import loop, problem
+from tests.support.worlds import few, world_of
 
 ranks = world_of("threads", 4)
 processes = world_of("processes", 2)

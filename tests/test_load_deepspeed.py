@@ -16,7 +16,7 @@ from fabricfn.checkpoint.foreign.stretches import joined
 from fabricfn.checkpoint.foreign.values import read
 from fabricfn.errors import CheckpointError
 from fabricfn.sharding import whole
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 FOLDER = Path(__file__).parent / "golden" / "deepspeed"
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())

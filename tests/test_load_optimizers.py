@@ -8,7 +8,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.torch_files import RT, Net, dcp_save, setup, state_of, trained
+from tests.support.torch_files import RT, Net, dcp_save, setup, state_of, trained
 
 
 def assert_goes_on(rt, model, opt, net, optimizer, data=None):

@@ -7,7 +7,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.checkpoints import RT, bits, trained
+from tests.support.checkpoints import RT, bits, trained
 
 
 def test_donate_overwrites_every_kind_of_array(tmp_path):

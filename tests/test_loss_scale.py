@@ -9,8 +9,21 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.testing import cases
-from tests.scales import DONATE, INF, MIXED, NAN, assert_same, batch, net, poisoned, runtime, squares, state_of, values
-from tests.worlds import few
+from tests.support.scales import (
+    DONATE,
+    INF,
+    MIXED,
+    NAN,
+    assert_same,
+    batch,
+    net,
+    poisoned,
+    runtime,
+    squares,
+    state_of,
+    values,
+)
+from tests.support.worlds import few
 
 # The oracle: torch.amp.GradScaler
 

@@ -14,8 +14,20 @@ from fabricfn.optimizers.skipping import all_finite
 from fabricfn.sharding import whole
 from fabricfn.testing import cases
 from fabricfn.tree import tree_leaves
-from tests.scales import DONATE, INF, MIXED, assert_same, batch, net, poisoned, runtime, squares, state_of, values
-from tests.worlds import world_of
+from tests.support.scales import (
+    DONATE,
+    INF,
+    MIXED,
+    assert_same,
+    batch,
+    net,
+    poisoned,
+    runtime,
+    squares,
+    state_of,
+    values,
+)
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 processes = world_of("processes", 2)

@@ -8,7 +8,7 @@ import torch
 
 import fabricfn as ff
 from fabricfn.tree import tree_leaves
-from tests.scales import DONATE, assert_same, batch, net, runtime, squares, values
+from tests.support.scales import DONATE, assert_same, batch, net, runtime, squares, values
 
 
 def test_records_carry_the_scale_and_trees_have_no_leaf_of_it():

@@ -13,7 +13,7 @@ from fabricfn import testing
 from fabricfn.errors import CapabilityError
 from fabricfn.testing import cases
 from fabricfn.tree import tree_leaves
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 2)
 

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import fabricfn as ff
-from tests.allocations import allocations, made, peak
-from tests.worlds import world_of
+from tests.support.allocations import allocations, made, peak
+from tests.support.worlds import world_of
 
 processes = world_of("processes", 2)
 

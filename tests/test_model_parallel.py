@@ -11,7 +11,7 @@ import fabricfn as ff
 from fabricfn import testing
 from fabricfn.sharding import local_of
 from fabricfn.testing import cases
-from tests.model_parallel import (
+from tests.support.model_parallel import (
     NETS,
     ROWS,
     SEQUENCE,
@@ -25,7 +25,7 @@ from tests.model_parallel import (
     mine,
     parallel,
 )
-from tests.worlds import few, world_of
+from tests.support.worlds import few, world_of
 
 ranks = world_of("threads", 4)
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import fabricfn as ff
 from fabricfn.testing import cases
-from tests.model_parallel import close, double, ff_full, parallel
-from tests.worlds import world_of
+from tests.support.model_parallel import close, double, ff_full, parallel
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 

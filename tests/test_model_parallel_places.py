@@ -6,8 +6,8 @@ from torch.utils.data import DataLoader
 
 import fabricfn as ff
 from fabricfn.sharding import is_sharded, local_of, sharded_as
-from tests.model_parallel import NETS, close, cross_entropy, double, ff_full, mine, parallel
-from tests.worlds import world_of
+from tests.support.model_parallel import NETS, close, cross_entropy, double, ff_full, mine, parallel
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 

@@ -10,7 +10,7 @@ import fabricfn as ff
 from fabricfn import testing
 from fabricfn.sharding import is_sharded, local_of
 from fabricfn.testing import cases
-from tests.model_parallel import (
+from tests.support.model_parallel import (
     NETS,
     SEQUENCE,
     TOKENS,
@@ -23,7 +23,7 @@ from tests.model_parallel import (
     made,
     parallel,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 processes = world_of("processes", 4)

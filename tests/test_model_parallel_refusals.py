@@ -10,8 +10,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 import fabricfn as ff
 from fabricfn.strategies.tensor_plans import assigned
 from fabricfn.testing import cases
-from tests.model_parallel import NETS, TOKENS, Mlp, cross_entropy, double, made, mine, parallel
-from tests.worlds import world_of
+from tests.support.model_parallel import NETS, TOKENS, Mlp, cross_entropy, double, made, mine, parallel
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 

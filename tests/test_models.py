@@ -6,7 +6,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.sharding import local_of, whole
-from tests.gradients import Net, data, fresh, loss_fn
+from tests.support.gradients import Net, data, fresh, loss_fn
 
 
 def test_modes_are_as_the_user_left_them(rt):

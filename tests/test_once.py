@@ -8,7 +8,7 @@ import torch
 
 import fabricfn as ff
 from fabricfn.errors import LaunchError
-from tests.starts import TWO, own
+from tests.support.starts import TWO, own
 
 pytestmark = pytest.mark.timeout(120)
 

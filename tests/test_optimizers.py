@@ -13,7 +13,7 @@ import fabricfn as ff
 from fabricfn.errors import ConfigurationError, GradientError, ModelError
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree
 from fabricfn.strategies import single
-from tests.optimizers import RT, assert_intact, by_hand, functionally, grads_of, inputs, net, same, snapshot
+from tests.support.optimizers import RT, assert_intact, by_hand, functionally, grads_of, inputs, net, same, snapshot
 
 
 def test_groups_by_pattern_and_predicate():

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings, strategies as st
 from fabricfn.order import BLOCK, Deal, cut, num_steps, rank_indices, rank_places, step_ends
 from fabricfn.permutations import make_permutation, permuted
 from fabricfn.random import fold_in, key
-from tests.feeds import deals, epochs, seeds
+from tests.support.feeds import deals, epochs, seeds
 
 # Permutations
 

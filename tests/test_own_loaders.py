@@ -16,7 +16,7 @@ from torch.utils.data import (
 from fabricfn.data import batches, setup_dataloader, setup_dataloaders
 from fabricfn.errors import ConfigurationError, DataError, UnevenBatchesWarning
 from fabricfn.records import Cursor
-from tests.feeds import ONE, Numbers, lists, ranks_of, workers
+from tests.support.feeds import ONE, Numbers, lists, ranks_of, workers
 
 
 def test_ready_batches_that_ranks_cannot_share_evenly_are_refused_or_dropped():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fabricfn as ff
 from fabricfn import testing
 from fabricfn.testing import cases
-from tests.pipelines import (
+from tests.support.pipelines import (
     COUNTING,
     DROPPED,
     EIGHT,
@@ -36,7 +36,7 @@ from tests.pipelines import (
     train_single,
     whole_loss,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 ranks = world_of("processes", 4)
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import fabricfn as ff
 from fabricfn import testing
-from tests.pipelines import BLOCKS, FIRST, FOUR, TWO, Net, X, alone, raised
+from tests.support.pipelines import BLOCKS, FIRST, FOUR, TWO, Net, X, alone, raised
 
 
 def test_every_stage_and_micro_batch_draws_its_own_numbers():

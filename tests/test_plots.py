@@ -11,7 +11,7 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.plots.logs import curves_of
 from fabricfn.plots.scales import scale_of
 from fabricfn.plots.terminal import drawn
-from tests.commands import command
+from tests.support.commands import command
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fabricfn as ff
 from fabricfn.random import device_generator, seeded
-from tests.generators import draws, generators_put_back
+from tests.support.generators import draws, generators_put_back
 
 put_back = generators_put_back()
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fabricfn as ff
-from tests.generators import CHECKPOINTS, data, draws, dropout_net, generators_put_back, same
-from tests.worlds import world_of
+from tests.support.generators import CHECKPOINTS, data, draws, dropout_net, generators_put_back, same
+from tests.support.worlds import world_of
 
 put_back = generators_put_back()
 ranks = world_of("processes", 4)

@@ -8,8 +8,8 @@ from hypothesis import given, strategies as st
 
 import fabricfn as ff
 from fabricfn.errors import ConfigurationError
-from tests.tools import NET, X
-from tests.worlds import world_of
+from tests.support.tools import NET, X
+from tests.support.worlds import world_of
 
 two = world_of("threads", 2)
 

@@ -8,8 +8,8 @@ import fabricfn as ff
 from fabricfn import testing
 from fabricfn.errors import ConfigurationError
 from fabricfn.strategies import ddp, fsdp
-from tests.blocks import NORMED, PASSES, Norm, X, rows, squares, wholes
-from tests.worlds import world_of
+from tests.support.blocks import NORMED, PASSES, Norm, X, rows, squares, wholes
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 4)
 

@@ -15,7 +15,7 @@ import fabricfn as ff
 from fabricfn.checkpoint.storage import retrying
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
-from tests.stores import MIB, RT, Faulty, contents, data_names, faulty_store, restore, same, tree_of
+from tests.support.stores import MIB, RT, Faulty, contents, data_names, faulty_store, restore, same, tree_of
 
 store = faulty_store()
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
-from tests.checkpoints import RT, bits
+from tests.support.checkpoints import RT, bits
 
 
 class Net(nn.Module):

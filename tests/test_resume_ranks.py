@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fabricfn as ff
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 # ---------------------------------------------------------------- to another number of ranks
 

@@ -18,8 +18,8 @@ from fabricfn.errors import DataError
 from fabricfn.records import Cursor
 from fabricfn.samplers import MAX_PASSES, order_digest
 from fabricfn.testing import processes, threads
-from tests.feeds import ONE, Numbers, lists, ranks_of, uneven, workers
-from tests.samplers import SAMPLERS, Backwards, Drawing, Global, buckets
+from tests.support.feeds import ONE, Numbers, lists, ranks_of, uneven, workers
+from tests.support.samplers import SAMPLERS, Backwards, Drawing, Global, buckets
 
 
 def in_order(world_size, make, epoch=0, seed=0, start=0, **options):

@@ -14,7 +14,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.checkpoints import RT, bits
+from tests.support.checkpoints import RT, bits
 
 
 def test_what_cannot_be_stored_is_named_with_what_to_write(tmp_path):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from fabricfn.starting.again import command
-from tests.starts import LOOPBACK, PROGRAMS, run
+from tests.support.starts import LOOPBACK, PROGRAMS, run
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -19,8 +19,8 @@ from fabricfn.checkpoint.format import manifest
 from fabricfn.checkpoint.format.boxes import whole
 from fabricfn.checkpoint.sharing import shares
 from fabricfn.errors import CheckpointError
-from tests.layouts import ROWS, RT, Layout, bits, filled, load_as, load_plain, local, save_as
-from tests.worlds import world_of
+from tests.support.layouts import ROWS, RT, Layout, bits, filled, load_as, load_plain, local, save_as
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.layouts import RT, Layout, filled, load_as, load_plain, save_as
-from tests.worlds import world_of
+from tests.support.layouts import RT, Layout, filled, load_as, load_plain, save_as
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 pair = world_of("processes", 2)

@@ -12,7 +12,7 @@ from fabricfn.errors import CapabilityError, ConfigurationError, GradientError
 from fabricfn.optimizers.shares import UNIT, bounds_over
 from fabricfn.sharding import is_sharded, local_of, whole
 from fabricfn.strategies import ddp
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 SHARED = ddp(shard_optimizer=True)
 

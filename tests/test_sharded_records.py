@@ -13,8 +13,8 @@ import fabricfn as ff
 from fabricfn.leases import Lease
 from fabricfn.sharding import is_sharded, local_of
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree
-from tests.dtensors import ALONE, Net, assert_equal, grads_of, line, numbers, setup, split, train, whole
-from tests.worlds import world_of
+from tests.support.dtensors import ALONE, Net, assert_equal, grads_of, line, numbers, setup, split, train, whole
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fabricfn as ff
-from tests.layouts import RT, Layout, bits, local
-from tests.worlds import world_of
+from tests.support.layouts import RT, Layout, bits, local
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import fabricfn as ff
 from fabricfn.sharding import is_sharded
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree
-from tests.dtensors import (
+from tests.support.dtensors import (
     ALONE,
     EXACT,
     FUSED,
@@ -26,7 +26,7 @@ from tests.dtensors import (
     trains_as_single,
     whole,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 

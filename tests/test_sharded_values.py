@@ -18,7 +18,7 @@ from fabricfn.optimizers.skipping import all_finite
 from fabricfn.runs import scale
 from fabricfn.sharding import full, is_sharded, local_of, with_local
 from fabricfn.states import overlap
-from tests.dtensors import (
+from tests.support.dtensors import (
     ALONE,
     EXACT,
     FUSED,
@@ -32,7 +32,7 @@ from tests.dtensors import (
     trains_as_single,
     whole,
 )
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
 real_ranks = world_of("processes", 3)

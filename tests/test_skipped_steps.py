@@ -8,7 +8,20 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.optimizers.skipping import all_finite
-from tests.scales import DONATE, INF, MIXED, NAN, assert_same, batch, net, poisoned, runtime, squares, state_of, values
+from tests.support.scales import (
+    DONATE,
+    INF,
+    MIXED,
+    NAN,
+    assert_same,
+    batch,
+    net,
+    poisoned,
+    runtime,
+    squares,
+    state_of,
+    values,
+)
 
 
 @DONATE

@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 from fabricfn.environments import find, slurm
 from fabricfn.environments.hostlists import counts, expand
 from fabricfn.errors import ConfigurationError
-from tests.launchers import MPICH, OMPI, SLURM, place, without
+from tests.support.launchers import MPICH, OMPI, SLURM, place, without
 
 
 def test_a_task_of_srun():

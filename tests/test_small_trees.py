@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 import fabricfn as ff
 from fabricfn.collectives import agreement
 from fabricfn.flat import reducing
-from tests.worlds import few, world_of
+from tests.support.worlds import few, world_of
 
 three = world_of("threads", 3)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import fabricfn as ff
 from fabricfn.environments import Topology, find
 from fabricfn.errors import ConfigurationError
-from tests.starts import TWO, meet
+from tests.support.starts import TWO, meet
 
 pytestmark = pytest.mark.timeout(120)
 

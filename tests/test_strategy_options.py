@@ -11,8 +11,8 @@ from fabricfn import sharding
 from fabricfn.errors import ConfigurationError
 from fabricfn.starting.request import Request, start_method_of
 from fabricfn.strategies import ddp, fsdp
-from tests.blocks import NET, NORMED, X, rows, squares, wholes
-from tests.worlds import world_of
+from tests.support.blocks import NET, NORMED, X, rows, squares, wholes
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 4)
 processes = world_of("processes", 2)

@@ -12,8 +12,8 @@ from fabricfn.streams import sample_digest
 from fabricfn.testing import processes, threads
 from fabricfn.votes import with_next
 from fabricfn.world import World
-from tests.feeds import lists, workers
-from tests.streams import Stream, model
+from tests.support.feeds import lists, workers
+from tests.support.streams import Stream, model
 
 
 class SharesOverRanks(Stream):

@@ -14,8 +14,8 @@ from fabricfn.errors import DataError, UnevenBatchesWarning
 from fabricfn.order import Deal
 from fabricfn.records import Cursor
 from fabricfn.streams import dealt
-from tests.feeds import ONE, lists, ranks_of, workers
-from tests.streams import Stream, model
+from tests.support.feeds import ONE, lists, ranks_of, workers
+from tests.support.streams import Stream, model
 
 
 class Sized(Stream):

@@ -17,8 +17,8 @@ from fabricfn.collectives import (
     send,
 )
 from fabricfn.errors import CapabilityError, ConfigurationError, MismatchError
-from tests.forks import ONE, fork, message_of
-from tests.worlds import world_of
+from tests.support.forks import ONE, fork, message_of
+from tests.support.worlds import world_of
 
 threads = world_of("threads", 3)
 

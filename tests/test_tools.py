@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from tests.tools import NET
-from tests.worlds import world_of
+from tests.support.tools import NET
+from tests.support.worlds import world_of
 
 two = world_of("threads", 2)
 

@@ -10,7 +10,18 @@ from torch import nn
 import fabricfn as ff
 from fabricfn.errors import ConfigurationError, GradientError
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree
-from tests.optimizers import RT, assert_intact, by_hand, functionally, grads_of, inputs, loss_fn, net, same, snapshot
+from tests.support.optimizers import (
+    RT,
+    assert_intact,
+    by_hand,
+    functionally,
+    grads_of,
+    inputs,
+    loss_fn,
+    net,
+    same,
+    snapshot,
+)
 
 STOCK = [
     (torch.optim.ASGD, {}),

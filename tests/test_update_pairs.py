@@ -9,7 +9,7 @@ import torch
 import fabricfn as ff
 from fabricfn.errors import ConfigurationError
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree
-from tests.optimizers import RT, assert_intact, by_hand, functionally, grads_of, net, same, snapshot, with_none
+from tests.support.optimizers import RT, assert_intact, by_hand, functionally, grads_of, net, same, snapshot, with_none
 
 MomentumState = namedtuple("MomentumState", ["count", "trace"])
 

@@ -13,7 +13,7 @@ import fabricfn as ff
 from fabricfn.data import batches, setup_dataloader
 from fabricfn.records import Cursor
 from fabricfn.seeding import Seeded
-from tests.feeds import ranks_of
+from tests.support.feeds import ranks_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create",

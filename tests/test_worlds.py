@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fabricfn as ff
 from fabricfn import testing
-from tests.worlds import world_of
+from tests.support.worlds import world_of
 
 
 class OwnError(Exception):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fabricfn as ff
 from fabricfn.checkpoint.storage import retrying
-from tests.checkpoints import bits
+from tests.support.checkpoints import bits
 
 RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 MIB = 1 << 20

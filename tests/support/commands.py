@@ -8,9 +8,9 @@ import pytest
 import fabricfn as ff
 from fabricfn import cli
 from fabricfn.testing import threads
-from tests.checkpoints import RT, trained
+from tests.support.checkpoints import RT, trained
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 DOUBLE = dataclasses.replace(RT, precision=ff.Precision.parse("64-true"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = Path(__file__).parents[1] / "programs"
 TWO = {"devices": 2, "accelerator": "cpu", "timeout": 60}
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
