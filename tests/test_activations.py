@@ -14,11 +14,11 @@ from fabricfn.errors import CapabilityError, ConfigurationError
 from fabricfn.strategies.recomputing import planned
 from fabricfn.testing import cases
 from tests.support.allocations import allocations, peak
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 threads = world_of("threads", 2)
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 WIDTH, ROWS = 32, 8
 
 

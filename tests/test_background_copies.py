@@ -11,8 +11,9 @@ import fabricfn as ff
 from fabricfn import errands
 from fabricfn.checkpoint.format import manifest
 from fabricfn.checkpoint.snapshots import snapshot
-from tests.support.checkpoints import RT, bits
+from tests.support.checkpoints import bits
 from tests.support.gates import ends, gates
+from tests.support.runtimes import RT
 
 nothing_is_left = ends()
 gate = gates()

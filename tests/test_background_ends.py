@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fabricfn as ff
-from tests.support.checkpoints import RT
 from tests.support.gates import ends, gates
+from tests.support.runtimes import RT
 
 nothing_is_left = ends()
 gate = gates()

@@ -15,8 +15,9 @@ from torch import nn
 import fabricfn as ff
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.testing import cases
-from tests.support.checkpoints import RT, bits
+from tests.support.checkpoints import bits
 from tests.support.gates import Gate, ends
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 nothing_is_left = ends()

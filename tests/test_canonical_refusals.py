@@ -8,6 +8,7 @@ from torch import nn
 
 import fabricfn as ff
 from tests.support.canonical import ROWS, batch, mean_square, mine, same, seeded, small, sums
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
@@ -161,9 +162,8 @@ def test_strategies_that_do_not_know_it_refuse_it_at_once(ranks, strategy):
 
 
 def test_an_unknown_reduction_is_an_error():
-    rt = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
     with pytest.raises(ff.ConfigurationError, match='reduce=\'sum\' is unknown; there are "mean" and "canonical"'):
-        ff.accumulate(rt, sums, reduce="sum")
+        ff.accumulate(RT, sums, reduce="sum")
 
 
 def test_an_exception_in_the_loss_leaves_nothing_behind(ranks):

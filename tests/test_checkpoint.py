@@ -15,7 +15,8 @@ from torch import nn
 import fabricfn as ff
 from fabricfn.checkpoint.format import manifest
 from fabricfn.errors import DonatedError
-from tests.support.checkpoints import RT, bits, loss_fn, trained
+from tests.support.checkpoints import bits, loss_fn, trained
+from tests.support.runtimes import RT
 
 
 def ones(tree):

@@ -14,7 +14,8 @@ from safetensors import safe_open
 import fabricfn as ff
 from fabricfn.checkpoint.storage import commit
 from fabricfn.errors import CheckpointError
-from tests.support.checkpoints import RT, damage, folder_of
+from tests.support.checkpoints import damage, folder_of
+from tests.support.runtimes import RT
 
 # ---------------------------------------------------------------- the commit
 

@@ -14,7 +14,8 @@ import fabricfn as ff
 from fabricfn.checkpoint.format import manifest, validation, writing
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
-from tests.support.checkpoints import RT, bits, folder_of, save_common
+from tests.support.checkpoints import bits, folder_of, save_common
+from tests.support.runtimes import RT
 
 
 def checkpoint_of_two_files(folder):

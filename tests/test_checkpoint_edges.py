@@ -12,9 +12,9 @@ import torch
 import fabricfn as ff
 from fabricfn import errands
 from fabricfn.errors import CheckpointError, MismatchError
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 SPLIT = "\ud83d\ude00"
 
 

@@ -15,7 +15,8 @@ from fabricfn.checkpoint.format import manifest
 from fabricfn.checkpoint.format.boxes import whole
 from fabricfn.errors import CheckpointError, MismatchError
 from fabricfn.testing import threads
-from tests.support.checkpoints import RT, bits, common, damage, folder_of, save_common, trained
+from tests.support.checkpoints import bits, common, damage, folder_of, save_common, trained
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 ranks = world_of("processes", 3)

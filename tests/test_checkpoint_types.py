@@ -11,8 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import fabricfn as ff
 from fabricfn.testing import threads
-
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
+from tests.support.runtimes import RT
 
 
 class Vocabulary:

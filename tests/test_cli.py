@@ -20,9 +20,9 @@ from fabricfn.environments.command_line import RUN, read, write
 from fabricfn.errors import ConfigurationError
 from fabricfn.starting.commanded import filled
 from fabricfn.starting.request import Request
+from tests.support.starts import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = Path(__file__).parent / "programs"
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,6 +12,7 @@ import fabricfn as ff
 from fabricfn import sharding
 from fabricfn.strategies import ddp
 from tests.support.reducers import DISTRIBUTED, assert_all, assert_close, batch, mlp, seeded, single_grads, squares
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 ranks = world_of("processes", 3)
@@ -121,8 +122,7 @@ def adversaries(rt):
 
 @pytest.mark.parametrize("strategy", DISTRIBUTED)
 def test_dcgan_and_ema_distillation_agree_with_one_process(ranks, strategy):
-    one = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
-    expected = adversaries(one)
+    expected = adversaries(RT64)
     for found in ranks.run(adversaries, strategy=DISTRIBUTED[strategy](), precision=64, world_size=2):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
@@ -223,9 +223,8 @@ def uneven_counts(rt):
 )  # test_fsdp: refused
 def test_ranks_with_other_numbers_of_micro_batches(ranks, strategy):
     drawn = torch.cat(ranks.run(uneven_counts, strategy=DISTRIBUTED[strategy](), precision=64))
-    one = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
-    model = ff.setup_model(one, nn.Linear(4, 1))
+    model = ff.setup_model(RT64, nn.Linear(4, 1))
     (_, expected), _ = ff.accumulate(
-        one, lambda net, x: (net(x).mean(), torch.rand(3)), has_aux=True
+        RT64, lambda net, x: (net(x).mean(), torch.rand(3)), has_aux=True
     )(model, [torch.ones(1, 4)] * 6, rng=ff.key(0))  # fmt: skip
     assert torch.equal(drawn, torch.stack(expected))

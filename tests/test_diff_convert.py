@@ -12,8 +12,9 @@ from torch import nn
 import fabricfn as ff
 from fabricfn.checkpoint import exporting
 from fabricfn.errors import CheckpointError
-from tests.support.checkpoints import RT, trained
-from tests.support.commands import DOUBLE, GOLDEN, checkpoints, command
+from tests.support.checkpoints import trained
+from tests.support.commands import GOLDEN, checkpoints, command
+from tests.support.runtimes import RT, RT64
 
 made = checkpoints()
 
@@ -93,7 +94,7 @@ def test_a_nan_is_itself_and_every_dtype_can_be_compared(tmp_path):
 
 
 def test_convert_goes_to_each_format_and_back_with_the_same_bits(capsys, made, tmp_path):
-    model, _ = trained(DOUBLE)
+    model, _ = trained(RT64)
     state = {**model.params, **model.buffers}
     ways = [made / "two", "a.safetensors", "b.pt", "hub", "c.ckpt", "d.safetensors"]
     for source, target in itertools.pairwise(ways):
@@ -112,7 +113,7 @@ def test_convert_goes_to_each_format_and_back_with_the_same_bits(capsys, made, t
         "d.safetensors",
         "hub",
     ]
-    loaded = ff.load_raw(DOUBLE, tmp_path / "b.pt", model)
+    loaded = ff.load_raw(RT64, tmp_path / "b.pt", model)
     assert ff.diff_checkpoints(made / "two", tmp_path / "b.pt").equal
     assert torch.equal(loaded.params["0.weight"], load_file(tmp_path / "a.safetensors")["0.weight"])
 

@@ -12,11 +12,7 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.strategies import dp
 from fabricfn.strategies.dp import Seam
 from tests.support.blocks import NET, NORMED, Block, X, built, squares, wholes
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
+from tests.support.runtimes import RT64
 
 
 def apart(tensor, device):
@@ -54,11 +50,11 @@ def batch_of(count):
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 @pytest.mark.parametrize("devices", [2, 3, 5])
-def test_dp_scatters_nested_batches_and_takes_the_mean_over_rows(alone, count, devices):
+def test_dp_scatters_nested_batches_and_takes_the_mean_over_rows(count, devices):
     log = []
     args, kwargs = batch_of(count)
     found = []
-    for rt in (alone, under(replicas(devices, log))):
+    for rt in (RT64, under(replicas(devices, log))):
         model = ff.setup_model(rt, NET)
         for weighted in (False, True):
 
@@ -81,7 +77,7 @@ def test_dp_scatters_nested_batches_and_takes_the_mean_over_rows(alone, count, d
     assert len(log) == (6 if count > 1 else 0)
 
 
-def test_dp_with_buffers_constants_checkpointing_and_two_models(alone):
+def test_dp_with_buffers_constants_checkpointing_and_two_models():
     def run(rt, **options):
         model, other = (ff.setup_model(rt, built(seed), **options) for seed in (0, 1))
         opt = ff.setup_optimizer(rt, (model, other), torch.optim.SGD, lr=0.1)
@@ -94,21 +90,21 @@ def test_dp_with_buffers_constants_checkpointing_and_two_models(alone):
             (model, other), opt = ff.optimizer_step(rt, (model, other), opt, grads, donate=True)
         return wholes(model.params), wholes(other.params), ff.apply(rt, model, X)
 
-    expected = run(alone)
+    expected = run(RT64)
     for options in ({}, {"activation_checkpointing": Block}):
         assert testing.difference(run(under(replicas(3)), **options), expected, 1e-12) is None
 
 
-def test_dp_keeps_the_buffers_of_the_first_replica(alone):
-    model = ff.setup_model(alone, NORMED)
-    _, grads = ff.value_and_grad(alone, squares)(model, X[:6])
+def test_dp_keeps_the_buffers_of_the_first_replica():
+    model = ff.setup_model(RT64, NORMED)
+    _, grads = ff.value_and_grad(RT64, squares)(model, X[:6])
     first = grads.new_buffers
     rt = under(replicas(2))
     _, grads = ff.value_and_grad(rt, squares)(ff.setup_model(rt, NORMED), X)
     assert testing.difference(grads.new_buffers, first, 0) is None
 
 
-def test_what_dp_refuses(alone):
+def test_what_dp_refuses():
     rt = under(replicas(2))
     model = ff.setup_model(rt, NET)
     with pytest.raises(ff.CapabilityError, match=r"these have \[3, 12\] rows"):

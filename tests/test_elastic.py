@@ -6,9 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -19,26 +17,12 @@ from fabricfn.errors import ConfigurationError, LaunchError
 from fabricfn.starting.joining import check_conflicts
 from fabricfn.starting.meeting import own_address
 from fabricfn.starting.request import Request, check_own_start, node_range, rendezvous_name
+from tests.support.starts import PROGRAMS, free_port, wait_for
 
-PROGRAMS = Path(__file__).parent / "programs"
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 ONE = Choice(accelerator="cpu", indices=(0,), open=True)
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def wait_for(condition, seconds=60.0):
-    """Whether the condition comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
-
-
-def free_port():
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def listens(port):

@@ -21,8 +21,7 @@ from fabricfn.checkpoint.format.boxes import Box, flaw, whole
 from fabricfn.checkpoint.storage.opening import opened
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
-
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
+from tests.support.runtimes import RT
 
 
 def net(seed=0):

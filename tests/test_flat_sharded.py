@@ -9,6 +9,7 @@ import fabricfn as ff
 from fabricfn.sharding import full
 from fabricfn.strategies import flat_sharded
 from fabricfn.testing.thread_group import ThreadGroup
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 threads = world_of("threads", 3)
@@ -63,8 +64,7 @@ def wholes(params):
 
 
 def oracle(module, loss_fn=squares):
-    alone = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
-    return ff.value_and_grad(alone, loss_fn)(ff.setup_model(alone, module), X)[1].params
+    return ff.value_and_grad(RT64, loss_fn)(ff.setup_model(RT64, module), X)[1].params
 
 
 def close(found, expected):

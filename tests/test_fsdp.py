@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 import fabricfn as ff
 from fabricfn.sharding import local_of
 from tests.support.fully_sharded import (
-    DOUBLE,
     Net,
     Ranks,
     by_method,
@@ -25,16 +24,12 @@ from tests.support.fully_sharded import (
     under_either,
     wholes,
 )
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 threads, processes = world_of("threads", 4), world_of("processes", 2)
 two = under_either("processes")
 ranks = under_either("threads", "processes")
-
-
-@pytest.fixture
-def alone():
-    return ff.Runtime(world=ff.World(), precision=DOUBLE, strategy=ff.strategies.single())
 
 
 # What a model is
@@ -122,32 +117,32 @@ def taught(net, x, y, teacher):
 @pytest.mark.parametrize(
     "options", [{}, {"units": None}, {"units": nn.Linear}], ids=["auto", "one unit", "every linear"]
 )
-def test_any_loss_gives_the_gradients_of_single(ranks, alone, options):
-    compare_with_single(ranks, alone, options)
+def test_any_loss_gives_the_gradients_of_single(ranks, options):
+    compare_with_single(ranks, options)
 
 
 @pytest.mark.parametrize("kept", [False, 2], ids=["kept", "kept by pairs"])
-def test_so_it_does_where_units_are_kept(processes, threads, alone, kept):
+def test_so_it_does_where_units_are_kept(processes, threads, kept):
     for ranks in (processes, threads):
-        compare_with_single(Ranks(ranks, "fsdp"), alone, {"reshard_after_forward": kept})
+        compare_with_single(Ranks(ranks, "fsdp"), {"reshard_after_forward": kept})
 
 
-def compare_with_single(ranks, alone, options):
-    model = ff.setup_model(alone, made())
+def compare_with_single(ranks, options):
+    model = ff.setup_model(RT64, made())
     half = ff.map_params(lambda value: 0.5 * value, model)
 
     def penalised(net, x, y):
         return mse(net, x, y) + net.blocks[1].lin.weight.square().sum()
 
     oracle = {
-        "plain": expected(alone, mse),
-        "method": expected(alone, by_method, allow_unused=True),
-        "twice": expected(alone, twice),
-        "checkpoint": expected(alone, checkpointed),
-        "reentrant": expected(alone, reentrant),
-        "teacher": expected(alone, taught, half),
-        "other values": wholes(ff.value_and_grad(alone, mse)(half, *data())[1]),
-        "penalty": expected(alone, penalised),
+        "plain": expected(mse),
+        "method": expected(by_method, allow_unused=True),
+        "twice": expected(twice),
+        "checkpoint": expected(checkpointed),
+        "reentrant": expected(reentrant),
+        "teacher": expected(taught, half),
+        "other values": wholes(ff.value_and_grad(RT64, mse)(half, *data())[1]),
+        "penalty": expected(penalised),
     }
     oracle["plain again"] = oracle["plain"]
     for size in {2, ranks.world_size}:
@@ -194,8 +189,8 @@ def accumulated(rt):
     )
 
 
-def test_micro_batches_are_one_batch(ranks, alone):
-    oracle = wholes(ff.value_and_grad(alone, mse)(ff.setup_model(alone, made()), *data(24))[1])
+def test_micro_batches_are_one_batch(ranks):
+    oracle = wholes(ff.value_and_grad(RT64, mse)(ff.setup_model(RT64, made()), *data(24))[1])
     for found in ranks.run(accumulated):
         for grads in found:
             close(grads, oracle)
@@ -230,7 +225,7 @@ def twins(rt):
     return wholes(grads)
 
 
-def test_gradients_that_share_memory_are_added_up_once(two, alone):
+def test_gradients_that_share_memory_are_added_up_once(two):
     for found in two.run(twins):
         x, y = data(24)
         parts = [part.sum(0) / 3 for part in (x, x)] + [y[:, :1].sum() / 3]

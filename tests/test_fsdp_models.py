@@ -10,7 +10,6 @@ from torch import nn
 
 import fabricfn as ff
 from tests.support.fully_sharded import (
-    DOUBLE,
     by_method,
     close,
     data,
@@ -23,16 +22,12 @@ from tests.support.fully_sharded import (
     under_either,
     wholes,
 )
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 threads, processes = world_of("threads", 4), world_of("processes", 2)
 four, two = under_either("threads"), under_either("processes")
 ranks = under_either("threads", "processes")
-
-
-@pytest.fixture
-def alone():
-    return ff.Runtime(world=ff.World(), precision=DOUBLE, strategy=ff.strategies.single())
 
 
 # What it cannot do, and what goes wrong
@@ -123,16 +118,16 @@ def test_a_graph_that_was_kept_fails_and_spoils_nothing(ranks):
     ranks.run(leaking)
 
 
-def test_a_graph_that_was_kept_spoils_nothing_under_single(alone):
-    model, kept = ff.setup_model(alone, made()), []
+def test_a_graph_that_was_kept_spoils_nothing_under_single():
+    model, kept = ff.setup_model(RT64, made()), []
 
     def loss_fn(net, x, y):
         kept.append(net(x))
         return mse(net, x, y)
 
-    right = gradients(alone, model, loss_fn)
+    right = gradients(RT64, model, loss_fn)
     kept[0].sum().backward()
-    close(gradients(alone, model, mse), right, 0)
+    close(gradients(RT64, model, mse), right, 0)
 
 
 def foreign(rt):
@@ -175,12 +170,12 @@ def computing(rt):
     return out[0], out[1], short, inner.grad, both
 
 
-def test_apply_computes_with_any_record_and_gradients_flow_to_inputs(ranks, alone):
-    model = ff.setup_model(alone, made())
+def test_apply_computes_with_any_record_and_gradients_flow_to_inputs(ranks):
+    model = ff.setup_model(RT64, made())
     half = ff.map_params(lambda value: 0.5 * value, model)
     x = data()[0].requires_grad_()
-    ff.apply(alone, half, x).sum().backward()
-    right = [ff.apply(alone, model, x), ff.apply(alone, half, x), ff.apply(alone, half, x, method="short"), x.grad]
+    ff.apply(RT64, half, x).sum().backward()
+    right = [ff.apply(RT64, model, x), ff.apply(RT64, half, x), ff.apply(RT64, half, x, method="short"), x.grad]
     right.append(right[0] + right[1])
     for found in ranks.run(computing):
         for ours, theirs in zip(found, right, strict=True):
@@ -217,8 +212,8 @@ def meaning(rt):
     return ff.value(rt, lambda net, x, y: ((net(x) - y).square().sum(), y.numel()), weighted=True)(model, x, y)
 
 
-def test_value_is_the_mean_over_all_data(two, alone):
-    right = ff.value(alone, mse)(ff.setup_model(alone, made()), *data())
+def test_value_is_the_mean_over_all_data(two):
+    right = ff.value(RT64, mse)(ff.setup_model(RT64, made()), *data())
     for found in two.run(meaning):
         torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
 
@@ -238,8 +233,8 @@ def mixing(rt):
     return wholes(grads)
 
 
-def test_mixed_precision_gathers_in_the_low_dtype_and_keeps_the_high_one(ranks, alone):
-    oracle = expected(alone, mse)
+def test_mixed_precision_gathers_in_the_low_dtype_and_keeps_the_high_one(ranks):
+    oracle = expected(mse)
     for found in ranks.run(mixing):
         for name, grad in oracle.items():
             if grad is not None:
@@ -265,8 +260,8 @@ def reducing(rt):
     return wholes(ff.value_and_grad(rt, mse)(model, *(part.float() for part in mine(rt, data())))[1])
 
 
-def test_gradients_are_reduced_in_the_dtype_that_is_asked_for(two, alone):
-    oracle = expected(alone, mse)
+def test_gradients_are_reduced_in_the_dtype_that_is_asked_for(two):
+    oracle = expected(mse)
     for found in two.run(reducing):
         assert found["inp.weight"].dtype is torch.float32
         gap = max((found[name].double() - grad).abs().max() for name, grad in oracle.items() if grad is not None)

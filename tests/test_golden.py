@@ -18,8 +18,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
+from tests.support.runtimes import RT
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support:UserWarning")
 
 FOLDER = Path(__file__).parent / "golden"

@@ -9,15 +9,11 @@ from hypothesis import example, given, strategies as st
 import fabricfn as ff
 from fabricfn import sharding
 from fabricfn.errors import ConfigurationError, DonatedError
+from tests.support.runtimes import RT64
 from tests.support.tools import NET, X
 from tests.support.worlds import world_of
 
 two = world_of("threads", 2)
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return ff.init_runtime(devices=1, accelerator="cpu", precision=64)
 
 
 # quarters, so that means over two ranks are exact
@@ -63,9 +59,9 @@ def test_early_stopping_equals_a_naive_one_and_all_ranks_agree(two, pairs, mode,
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "less"}, {"reduce": "sum"}, {"patience": 0}, {"min_delta": -1.0}])
-def test_early_stopping_refuses_what_it_does_not_know(alone, wrong):
+def test_early_stopping_refuses_what_it_does_not_know(wrong):
     with pytest.raises(ConfigurationError, match=f"{next(iter(wrong))}="):
-        ff.early_stopping(alone, ff.EarlyStopping(), 1.0, **wrong)
+        ff.early_stopping(RT64, ff.EarlyStopping(), 1.0, **wrong)
 
 
 # spikes
@@ -155,28 +151,28 @@ def test_a_step_back_is_as_if_two_batches_had_not_been(two, strategy):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_a_good_state_that_a_step_overwrote_is_refused_at_the_next_call(alone):
+def test_a_good_state_that_a_step_overwrote_is_refused_at_the_next_call():
     with pytest.raises(DonatedError, match=r"kept this as the state to go back to.*test_guards\.py.*copy=True"):
-        guarded(alone, donate=True, copy=False)
+        guarded(RT64, donate=True, copy=False)
 
 
-def test_every_nth_good_state_is_kept(alone):
+def test_every_nth_good_state_is_kept():
     guard = ff.SpikeGuard()
     for i in range(6):
-        guard, _ = ff.spike_guard(alone, guard, 1.0, i, every=4)
+        guard, _ = ff.spike_guard(RT64, guard, 1.0, i, every=4)
     assert guard.good == 4
-    assert ff.spike_guard(alone, guard, math.nan, 6, every=4)[1] == 4
+    assert ff.spike_guard(RT64, guard, math.nan, 6, every=4)[1] == 4
 
 
-def test_what_comes_back_from_a_copy_may_be_donated(alone):
-    model = ff.setup_model(alone, NET[0])
-    guard, same_model = ff.spike_guard(alone, ff.SpikeGuard(), 1.0, model, copy=True)
-    guard, back = ff.spike_guard(alone, guard, math.nan, model, copy=True)
+def test_what_comes_back_from_a_copy_may_be_donated():
+    model = ff.setup_model(RT64, NET[0])
+    guard, same_model = ff.spike_guard(RT64, ff.SpikeGuard(), 1.0, model, copy=True)
+    guard, back = ff.spike_guard(RT64, guard, math.nan, model, copy=True)
     memory = {one.params["weight"].data_ptr() for one in (model, guard.good, back)}
     assert same_model is model and len(memory) == 3
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "less"}, {"window": 0}, {"every": 0}])
-def test_the_guard_refuses_what_it_does_not_know(alone, wrong):
+def test_the_guard_refuses_what_it_does_not_know(wrong):
     with pytest.raises(ConfigurationError, match=f"{next(iter(wrong))}="):
-        ff.spike_guard(alone, ff.SpikeGuard(), 1.0, None, **wrong)
+        ff.spike_guard(RT64, ff.SpikeGuard(), 1.0, None, **wrong)

@@ -13,7 +13,8 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.support.torch_files import RT, dcp_save
+from tests.support.runtimes import RT
+from tests.support.torch_files import dcp_save
 
 
 class Evil:

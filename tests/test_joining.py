@@ -1,6 +1,5 @@
 """Real processes, started by hand with a launcher's variables, join as it would start them."""
 
-import contextlib
 import json
 import os
 import socket
@@ -13,15 +12,9 @@ import fabricfn as ff
 from fabricfn.environments import Topology
 from fabricfn.errors import ConfigurationError
 from tests.support.launchers import OMPI, SLURM
-from tests.support.starts import LOOPBACK, PROGRAMS
+from tests.support.starts import LOOPBACK, PROGRAMS, free_port
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def free_port():
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def join(folder, *environs):

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import fabricfn as ff
 from fabricfn.errors import LaunchError
 from fabricfn.failures import first_cause, record
 from fabricfn.starting.agent import _Agent
-from tests.support.starts import PROGRAMS, TWO, meet, own
+from tests.support.starts import PROGRAMS, TWO, meet, own, wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -24,14 +23,6 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def wait_for(condition, seconds=10.0):
-    """Whether the condition comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
 
 
 def test_the_first_cause_outranks_its_consequences():
@@ -160,4 +151,4 @@ def test_the_ranks_end_with_their_parent(number, tmp_path):
         assert all(map(is_running, pids))
         parent.send_signal(number)
         assert parent.wait(20) == -number
-    assert wait_for(lambda: not any(map(is_running, pids)))
+    assert wait_for(lambda: not any(map(is_running, pids)), 10)

@@ -16,9 +16,9 @@ from fabricfn.accelerators import Choice, available
 from fabricfn.errors import ConfigurationError
 from fabricfn.starting.launching import start_method
 from fabricfn.starting.request import Request
+from tests.support.starts import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ROOT / "tests" / "programs"
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CPUS = Choice(accelerator="cpu", indices=(0, 1), open=False)
 GPUS = Choice(accelerator="cuda", indices=(0, 1), open=False)

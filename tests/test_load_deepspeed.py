@@ -16,10 +16,10 @@ from fabricfn.checkpoint.foreign.stretches import joined
 from fabricfn.checkpoint.foreign.values import read
 from fabricfn.errors import CheckpointError
 from fabricfn.sharding import whole
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 FOLDER = Path(__file__).parent / "golden" / "deepspeed"
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 
 spec = importlib.util.spec_from_file_location("make_deepspeed", FOLDER.parent / "make_deepspeed.py")
 formulas = importlib.util.module_from_spec(spec)

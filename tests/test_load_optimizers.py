@@ -8,7 +8,8 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.support.torch_files import RT, Net, dcp_save, setup, state_of, trained
+from tests.support.runtimes import RT
+from tests.support.torch_files import Net, dcp_save, setup, state_of, trained
 
 
 def assert_goes_on(rt, model, opt, net, optimizer, data=None):

@@ -10,7 +10,8 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError, DonatedError
-from tests.support.torch_files import RT, Net, assert_same, setup, state_of
+from tests.support.runtimes import RT
+from tests.support.torch_files import Net, assert_same, setup, state_of
 
 GOLDEN = Path(__file__).parent / "golden"
 

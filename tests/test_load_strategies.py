@@ -11,7 +11,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.support.torch_files import RT, Net, dcp_save, setup, state_of, trained
+from tests.support.runtimes import RT
+from tests.support.torch_files import Net, dcp_save, setup, state_of, trained
 from tests.support.worlds import world_of
 
 pair = world_of("processes", 2)

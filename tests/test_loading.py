@@ -7,7 +7,8 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.support.checkpoints import RT, bits, trained
+from tests.support.checkpoints import bits, trained
+from tests.support.runtimes import RT
 
 
 def test_donate_overwrites_every_kind_of_array(tmp_path):

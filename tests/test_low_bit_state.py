@@ -13,11 +13,10 @@ from fabricfn import testing
 from fabricfn.errors import CapabilityError
 from fabricfn.testing import cases
 from fabricfn.tree import tree_leaves
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 threads = world_of("threads", 2)
-
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 
 
 class Rounded(torch.Tensor):

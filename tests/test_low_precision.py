@@ -19,8 +19,7 @@ from fabricfn.precision.bitsandbytes import MODES, Quantized
 from fabricfn.precision.float8 import RECIPES, Float8
 from fabricfn.precision.transformer_engine import TransformerEngine
 from fabricfn.testing import cases
-
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
+from tests.support.runtimes import RT
 
 
 def needs(package):

@@ -10,11 +10,11 @@ from torch.distributed.fsdp import fully_shard
 
 import fabricfn as ff
 from tests.support.allocations import allocations, made, peak
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 processes = world_of("processes", 2)
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 WIDTH, DEPTH = 640, 4
 BLOCK = 4 * (WIDTH * WIDTH + WIDTH)
 PARAMETERS = DEPTH * BLOCK

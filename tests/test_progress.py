@@ -9,8 +9,8 @@ from fabricfn.checkpoint import meters as progress_lines
 from fabricfn.checkpoint.agreement import HEAD, together
 from fabricfn.checkpoint.format import manifest
 from fabricfn.errors import CheckpointError
-from tests.support.checkpoints import RT
 from tests.support.gates import ends
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 nothing_is_left = ends()

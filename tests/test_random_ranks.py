@@ -5,6 +5,7 @@ import torch
 
 import fabricfn as ff
 from tests.support.generators import CHECKPOINTS, data, draws, dropout_net, generators_put_back, same
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 put_back = generators_put_back()
@@ -66,8 +67,7 @@ class seeded_like_the_loss:
 @pytest.mark.parametrize(("strategy", "checkpointed"), [("ddp", None), ("functional", None), *CHECKPOINTS[2:]])
 def test_masks_depend_on_the_micro_batch_and_not_on_how_the_ranks_share_them(ranks, strategy, checkpointed):
     whole = data(12)
-    one = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
-    oracle = masked_step(one, 4, whole)
+    oracle = masked_step(RT64, 4, whole)
     assert len({tuple(mask.tolist()) for mask in oracle["masks"]}) == 4, "each micro-batch has masks of its own"
     for world_size in (1, 2, 4):
         options = {"strategy": strategy, "precision": 64, "world_size": world_size}

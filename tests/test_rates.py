@@ -8,15 +8,11 @@ from hypothesis import given, strategies as st
 
 import fabricfn as ff
 from fabricfn.errors import ConfigurationError
+from tests.support.runtimes import RT64
 from tests.support.tools import NET, X
 from tests.support.worlds import world_of
 
 two = world_of("threads", 2)
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return ff.init_runtime(devices=1, accelerator="cpu", precision=64)
 
 
 TICKS = st.lists(
@@ -51,21 +47,21 @@ def test_rates_equal_those_of_a_naive_list_and_add_up_over_uneven_ranks(two, fir
         assert found == pytest.approx(expected)
 
 
-def test_the_clock_is_the_machines_unless_given_and_never_goes_back(alone):
+def test_the_clock_is_the_machines_unless_given_and_never_goes_back():
     meter = ff.throughput(ff.throughput(ff.Throughput(), samples=1), samples=1)
-    assert ff.rates(alone, meter)["samples_per_sec"] > 0
+    assert ff.rates(RT64, meter)["samples_per_sec"] > 0
     with pytest.raises(ConfigurationError, match=r"now=-1\.0 after"):
         ff.throughput(meter, samples=1, now=-1.0)
     with pytest.raises(ConfigurationError, match="window=0"):
         ff.throughput(ff.Throughput(window=0), samples=1)
 
 
-def test_learning_rates_are_those_of_the_next_step(alone):
-    model = ff.setup_model(alone, NET)
-    opt = ff.setup_optimizer(alone, model, torch.optim.Adam, lr=0.1)
+def test_learning_rates_are_those_of_the_next_step():
+    model = ff.setup_model(RT64, NET)
+    opt = ff.setup_optimizer(RT64, model, torch.optim.Adam, lr=0.1)
     assert ff.learning_rates(opt) == {"lr": 0.1}
     assert ff.learning_rates(opt, lr=0.01) == {"lr": 0.01}
-    groups = ff.setup_optimizer(alone, model, torch.optim.Adam, lr=0.1, groups={"0.*": {"lr": 0.3}})
+    groups = ff.setup_optimizer(RT64, model, torch.optim.Adam, lr=0.1, groups={"0.*": {"lr": 0.3}})
     assert sorted(ff.learning_rates(groups).values()) == [0.1, 0.3]
     with pytest.raises(ConfigurationError, match="no hyperparameter speed"):
         ff.learning_rates(opt, speed=1)
@@ -101,17 +97,17 @@ def test_flops_are_those_of_this_ranks_batch(two, strategy):
         ("TPU v4", torch.bfloat16, 275e12),
     ],
 )
-def test_the_peak_is_found_by_the_name_of_the_device(alone, name, dtype, peak):
-    assert ff.available_flops(alone, name=name, dtype=dtype) == pytest.approx(peak)
+def test_the_peak_is_found_by_the_name_of_the_device(name, dtype, peak):
+    assert ff.available_flops(RT64, name=name, dtype=dtype) == pytest.approx(peak)
 
 
-def test_tf32_counts_where_it_is_used(alone):
+def test_tf32_counts_where_it_is_used():
     before = torch.get_float32_matmul_precision()
     found = {}
     try:
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            found[precision] = [ff.available_flops(alone, name=n, dtype=torch.float32) for n in ("A100", "T4")]
+            found[precision] = [ff.available_flops(RT64, name=n, dtype=torch.float32) for n in ("A100", "T4")]
     finally:
         torch.set_float32_matmul_precision(before)
     assert found == {"highest": [19.5e12, 8.1e12], "high": [156e12, 8.1e12]}
@@ -127,9 +123,9 @@ def test_tf32_counts_where_it_is_used(alone):
         ("Difference Engine", torch.float64),
     ],
 )
-def test_an_unknown_peak_is_none_with_a_word_but_on_a_cpu(alone, name, dtype):
+def test_an_unknown_peak_is_none_with_a_word_but_on_a_cpu(name, dtype):
     with pytest.warns(UserWarning, match=f"the peak of '{name}' in {dtype} is not known"):
-        assert ff.available_flops(alone, name=name, dtype=dtype) is None
+        assert ff.available_flops(RT64, name=name, dtype=dtype) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ff.available_flops(alone) is None
+        assert ff.available_flops(RT64) is None

@@ -9,14 +9,10 @@ from fabricfn import testing
 from fabricfn.errors import ConfigurationError
 from fabricfn.strategies import ddp, fsdp
 from tests.support.blocks import NORMED, PASSES, Norm, X, rows, squares, wholes
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 threads = world_of("threads", 4)
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
 
 
 def trained(rt, options):
@@ -50,17 +46,17 @@ def test_activation_checkpointing_changes_nothing_under_any_strategy(threads, st
         assert testing.difference(found, expected) is None
 
 
-def test_activation_checkpointing_computes_again_only_for_gradients_of_parameters(alone):
+def test_activation_checkpointing_computes_again_only_for_gradients_of_parameters():
     def passes(**options):
-        model = ff.setup_model(alone, NORMED, **options)
+        model = ff.setup_model(RT64, NORMED, **options)
         counts = []
         x = X.clone().requires_grad_()
         for call in (
-            lambda: ff.value_and_grad(alone, squares)(model, X),
-            lambda: ff.value(alone, squares)(model, X),
-            lambda: ff.apply(alone, model, x).sum().backward(),
-            lambda: ff.value_and_grad(alone, lambda net, fixed: squares(net, X) + squares(fixed, X))(model, model),
-            lambda: ff.to_module(alone, model)(X).sum().backward(),
+            lambda: ff.value_and_grad(RT64, squares)(model, X),
+            lambda: ff.value(RT64, squares)(model, X),
+            lambda: ff.apply(RT64, model, x).sum().backward(),
+            lambda: ff.value_and_grad(RT64, lambda net, fixed: squares(net, X) + squares(fixed, X))(model, model),
+            lambda: ff.to_module(RT64, model)(X).sum().backward(),
         ):
             PASSES.clear()
             call()
@@ -72,9 +68,9 @@ def test_activation_checkpointing_computes_again_only_for_gradients_of_parameter
     assert passes(activation_checkpointing=lambda name, module: name == "1") == [3, 2, 2, 5, 2]
 
 
-def test_a_module_that_was_checkpointed_leaves_as_it_was_written(alone):
-    module = ff.to_module(alone, ff.setup_model(alone, NORMED, activation_checkpointing=Norm))
+def test_a_module_that_was_checkpointed_leaves_as_it_was_written():
+    module = ff.to_module(RT64, ff.setup_model(RT64, NORMED, activation_checkpointing=Norm))
     assert not any("forward" in vars(part) for part in module.modules())
     for wrong, match in ((nn.GRU, "chooses no module"), ("all", "chooses no modules"), (nn.ModuleList, "chooses no")):
         with pytest.raises(ConfigurationError, match=match):
-            ff.setup_model(alone, NORMED, activation_checkpointing=wrong)
+            ff.setup_model(RT64, NORMED, activation_checkpointing=wrong)

@@ -12,18 +12,8 @@ from safetensors.torch import load_file
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError, ConfigurationError
-from tests.support.stores import (
-    MIB,
-    RT,
-    TREES,
-    Faulty,
-    check_round_trip,
-    contents,
-    data_names,
-    faulty_store,
-    same,
-    tree_of,
-)
+from tests.support.runtimes import RT
+from tests.support.stores import MIB, TREES, Faulty, check_round_trip, contents, data_names, faulty_store, same, tree_of
 
 store = faulty_store()
 

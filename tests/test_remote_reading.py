@@ -10,7 +10,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
-from tests.support.stores import MIB, RT, Faulty, contents, data_names, faulty_store, restore, same, tree_of
+from tests.support.runtimes import RT
+from tests.support.stores import MIB, Faulty, contents, data_names, faulty_store, restore, same, tree_of
 
 store = faulty_store()
 

@@ -13,7 +13,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import threads
-from tests.support.checkpoints import RT, bits
+from tests.support.checkpoints import bits
+from tests.support.runtimes import RT
 
 
 class Net(nn.Module):

@@ -11,10 +11,8 @@ from hypothesis import given, settings, strategies as st
 import fabricfn as ff
 from fabricfn.checkpoint.storage import removing
 from fabricfn.errors import CheckpointError, ConfigurationError, MismatchError
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
-
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
-
 
 ranks = world_of("threads", 3)
 

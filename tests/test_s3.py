@@ -16,7 +16,8 @@ import fabricfn as ff
 from fabricfn.checkpoint.storage import retrying
 from fabricfn.errors import CheckpointError
 from fabricfn.testing import processes
-from tests.support.stores import MIB, RT, TREES, check_round_trip, same, tree_of
+from tests.support.runtimes import RT
+from tests.support.stores import MIB, TREES, check_round_trip, same, tree_of
 
 
 @given(TREES)

@@ -14,7 +14,8 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.support.checkpoints import RT, bits
+from tests.support.checkpoints import bits
+from tests.support.runtimes import RT
 
 
 def test_what_cannot_be_stored_is_named_with_what_to_write(tmp_path):

@@ -11,9 +11,8 @@ from torch.optim import lr_scheduler as schedulers
 
 import fabricfn as ff
 from fabricfn.errors import ConfigurationError
-from fabricfn.strategies import single
+from tests.support.runtimes import RT64
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision.parse("64-true"), strategy=single())
 STEPS = 25
 
 CASES = {
@@ -119,14 +118,14 @@ def test_in_a_loop_it_is_torchs_loop():
     options = {"max_lr": 0.3, "total_steps": 6}
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
     scheduler = schedulers.OneCycleLR(optimizer, **options)
-    model = ff.setup_model(RT, module)
-    opt = ff.setup_optimizer(RT, model, torch.optim.AdamW, lr=0.1)
+    model = ff.setup_model(RT64, module)
+    opt = ff.setup_optimizer(RT64, model, torch.optim.AdamW, lr=0.1)
     schedule = ff.schedule_from_torch(schedulers.OneCycleLR, 0.1, **options)
-    grad_fn = ff.value_and_grad(RT, lambda net, x: net(x).square().mean())
+    grad_fn = ff.value_and_grad(RT64, lambda net, x: net(x).square().mean())
     for seed in range(5):
         x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         _, grads = grad_fn(model, x)
-        model, opt = ff.optimizer_step(RT, model, opt, grads, donate=True, **schedule(opt.step))
+        model, opt = ff.optimizer_step(RT64, model, opt, grads, donate=True, **schedule(opt.step))
         optimizer.zero_grad()
         module(x).square().mean().backward()
         optimizer.step()

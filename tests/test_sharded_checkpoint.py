@@ -19,7 +19,8 @@ from fabricfn.checkpoint.format import manifest
 from fabricfn.checkpoint.format.boxes import whole
 from fabricfn.checkpoint.sharing import shares
 from fabricfn.errors import CheckpointError
-from tests.support.layouts import ROWS, RT, Layout, bits, filled, load_as, load_plain, local, save_as
+from tests.support.layouts import ROWS, Layout, bits, filled, load_as, load_plain, local, save_as
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import fabricfn as ff
 from fabricfn.errors import CheckpointError
-from tests.support.layouts import RT, Layout, filled, load_as, load_plain, save_as
+from tests.support.layouts import Layout, filled, load_as, load_plain, save_as
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)

@@ -13,7 +13,8 @@ import fabricfn as ff
 from fabricfn.leases import Lease
 from fabricfn.sharding import is_sharded, local_of
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree
-from tests.support.dtensors import ALONE, Net, assert_equal, grads_of, line, numbers, setup, split, train, whole
+from tests.support.dtensors import Net, assert_equal, grads_of, line, numbers, setup, split, train, whole
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
@@ -43,10 +44,10 @@ def open_graph(rt):
     """A graph that saved the parameter must fail after a donated step, not give the gradient at other values."""
     mesh = line(rt)
     model = setup(mesh)
-    state = ff.setup_optimizer(ALONE, model, optim.SGD, lr=0.1)
+    state = ff.setup_optimizer(RT64, model, optim.SGD, lr=0.1)
     x = distribute_tensor(torch.ones(37, 5, dtype=torch.float64), mesh, [Shard(0)], src_data_rank=None)
     y = model.params["tall"] * x.requires_grad_()
-    ff.optimizer_step(ALONE, model, state, grads_of(model, numbers(1), mesh), donate=True)
+    ff.optimizer_step(RT64, model, state, grads_of(model, numbers(1), mesh), donate=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(torch.ones_like(y))
     return True
@@ -65,19 +66,19 @@ def round_trip(rt, opt, options):
     mesh = line(rt)
     params, state = train(opt, options, mesh, steps=2)
     model = dataclasses.replace(setup(mesh), params=dict(params))
-    fresh = ff.setup_optimizer(ALONE, setup(mesh), opt, **options)
+    fresh = ff.setup_optimizer(RT64, setup(mesh), opt, **options)
     tree = optimizer_to_tree(state)
     cut = {"whole": {**tree, "state": whole(tree["state"])}, "dtensors": tree}
     copies = {name: optimizer_from_tree(fresh, made) for name, made in cut.items()}
     copies |= {"copied": ff.tree_map(torch.clone, state), "deep": copy.deepcopy(state)}
     grads = grads_of(model, numbers(9), mesh)
-    expected, there = ff.optimizer_step(ALONE, model, state, grads)
+    expected, there = ff.optimizer_step(RT64, model, state, grads)
     for value in (value for row in copies["whole"].state.values() for value in row.values() if is_sharded(value)):
         part = local_of(value)  # and not a view of the whole tensor
         assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
     for made in copies.values():
         torch.testing.assert_close(whole(made.state), whole(state.state), rtol=0, atol=0)
-        after, then = ff.optimizer_step(ALONE, model, made, grads)
+        after, then = ff.optimizer_step(RT64, model, made, grads)
         assert_equal(after.params, whole(dict(expected.params)))
         torch.testing.assert_close(whole(then.state), whole(there.state), rtol=0, atol=0)
     leaves = torch.utils._pytree.tree_leaves(state)
@@ -94,7 +95,7 @@ def round_trip(rt, opt, options):
         lambda x: DTensor.from_local(local_of(x), mesh, [Partial()], run_check=False) if is_sharded(x) else x, state
     )
     with pytest.raises((ff.FabricfnError, RuntimeError)):
-        ff.optimizer_step(ALONE, model, terms, grads)
+        ff.optimizer_step(RT64, model, terms, grads)
     return True
 
 
@@ -102,15 +103,15 @@ def frozen(rt):
     mesh = line(rt)
     module = Net(torch.float64)
     module.tall.requires_grad_(False)
-    model = ff.setup_model(ALONE, module)
+    model = ff.setup_model(RT64, module)
     model = dataclasses.replace(model, params=split(mesh, model.params))
-    state = ff.setup_optimizer(ALONE, model, optim.AdamW)
+    state = ff.setup_optimizer(RT64, model, optim.AdamW)
     values = {**numbers(1), "tall": None}
     twin = ff.tree_map(lambda value: value.detach() if is_sharded(value) else value.clone(), model)
     still = Lease({"tall": model.params["tall"]})
-    pure, _ = ff.optimizer_step(ALONE, model, state, grads_of(model, values, mesh))
+    pure, _ = ff.optimizer_step(RT64, model, state, grads_of(model, values, mesh))
     assert_equal({"tall": pure.params["tall"]}, {"tall": numbers(0)["tall"]})
-    after, _ = ff.optimizer_step(ALONE, model, state, grads_of(model, values, mesh), donate=True)
+    after, _ = ff.optimizer_step(RT64, model, state, grads_of(model, values, mesh), donate=True)
     assert_equal(after.params, whole(dict(pure.params)))
     still.check("frozen values")
     with pytest.raises(ff.DonatedError):
@@ -130,10 +131,10 @@ def trees(rt):
         models = {"a": setup(where), "b": [setup(where)]}
         grads = {"a": grads_of(models["a"], numbers(1), where), "b": [grads_of(models["a"], numbers(2), where)]}
         for opt, options in ((optim.NAdam, {}), ((start_momenta, momenta), {"elementwise": True})):
-            state = ff.setup_optimizer(ALONE, models, opt, **options)
+            state = ff.setup_optimizer(RT64, models, opt, **options)
             for donate in (False, True):
                 start, own = ff.tree_map(torch.clone, (models, state))
-                after, then = ff.optimizer_step(ALONE, start, own, ff.tree_map(torch.clone, grads), donate=donate)
+                after, then = ff.optimizer_step(RT64, start, own, ff.tree_map(torch.clone, grads), donate=donate)
                 tree = optimizer_to_tree(then)
                 results.append(whole((dict(after["a"].params), dict(after["b"][0].params), then.state)))
                 torch.testing.assert_close(whole(optimizer_from_tree(state, tree).state), results[-1][2])

@@ -17,7 +17,8 @@ from fabricfn.checkpoint.storage.opening import opened
 from fabricfn.checkpoint.trees.placements import parts_of
 from fabricfn.checkpoint.trees.reading import read_parts
 from fabricfn.errors import CheckpointError, MismatchError
-from tests.support.layouts import ROWS, RT, bits, filled, load_plain, save_as
+from tests.support.layouts import ROWS, bits, filled, load_plain, save_as
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)

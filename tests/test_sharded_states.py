@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fabricfn as ff
-from tests.support.layouts import RT, Layout, bits, local
+from tests.support.layouts import Layout, bits, local
+from tests.support.runtimes import RT
 from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)

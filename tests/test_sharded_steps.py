@@ -12,7 +12,6 @@ import fabricfn as ff
 from fabricfn.sharding import is_sharded
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree
 from tests.support.dtensors import (
-    ALONE,
     EXACT,
     FUSED,
     Net,
@@ -26,6 +25,7 @@ from tests.support.dtensors import (
     trains_as_single,
     whole,
 )
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
@@ -92,7 +92,7 @@ OWN = {"class": Lion, "child": Child, "pair": (start_momentum, momentum)}
 
 def own_optimizer(rt, opt):
     with pytest.raises(ff.CapabilityError, match="elementwise=True"):
-        ff.setup_optimizer(ALONE, setup(line(rt)), opt)
+        ff.setup_optimizer(RT64, setup(line(rt)), opt)
     expected, alone = train(opt, {"elementwise": True})
     for donate in (False, True):
         params, state = train(opt, {"elementwise": True}, line(rt), donate=donate)
@@ -101,8 +101,8 @@ def own_optimizer(rt, opt):
         again = optimizer_from_tree(state, optimizer_to_tree(state))
         torch.testing.assert_close(whole(again.state), alone.state, rtol=0, atol=0)
         model, plain = setup(line(rt)), setup()
-        after, _ = ff.optimizer_step(ALONE, model, again, grads_of(model, numbers(9), line(rt)))
-        there, _ = ff.optimizer_step(ALONE, plain, alone, grads_of(plain, numbers(9)))
+        after, _ = ff.optimizer_step(RT64, model, again, grads_of(model, numbers(9), line(rt)))
+        there, _ = ff.optimizer_step(RT64, plain, alone, grads_of(plain, numbers(9)))
         assert_equal(after.params, there.params)
     found = state.state["mean"]["tall"] if "mean" in state.state else next(iter(state.state["tall"].values()))
     assert is_sharded(found) or opt is Child
@@ -116,7 +116,7 @@ def test_an_optimizer_of_the_users_own_updates_parts_only_on_his_word(ranks, kin
 
 def refused(rt, opt, options):
     with pytest.raises(ff.CapabilityError, match="needs"):
-        ff.setup_optimizer(ALONE, setup(line(rt)), opt, elementwise=True, **options)
+        ff.setup_optimizer(RT64, setup(line(rt)), opt, elementwise=True, **options)
     return True
 
 
@@ -128,23 +128,23 @@ def test_what_needs_whole_tensors_is_refused_whatever_the_word(ranks, opt):
 def instances(rt):
     module = Net(torch.float64)
     expected, alone = train(optim.AdamW, {"lr": 0.1})
-    model = ff.setup_model(ALONE, module)
+    model = ff.setup_model(RT64, module)
     built = {kind: kind(module.parameters(), lr=0.1) for kind in (optim.AdamW, optim.Adagrad)}
     for param, value in zip(module.parameters(), numbers(1).values(), strict=True):
         param.grad = value
     built[optim.AdamW].step()  # its state is of whole tensors
     sharded = dataclasses.replace(model, params=split(line(rt), model.params))
     for instance in built.values():
-        state = ff.setup_optimizer(ALONE, sharded, instance)
-        plain = ff.setup_optimizer(ALONE, model, instance)
+        state = ff.setup_optimizer(RT64, sharded, instance)
+        plain = ff.setup_optimizer(RT64, model, instance)
         assert is_sharded(next(slot for slot in state.state["w"].values() if slot.ndim))
         torch.testing.assert_close(whole(state.state), plain.state, rtol=0, atol=0)
-        after, _ = ff.optimizer_step(ALONE, sharded, state, grads_of(model, numbers(2), line(rt)))
-        there, _ = ff.optimizer_step(ALONE, model, plain, grads_of(model, numbers(2)))
+        after, _ = ff.optimizer_step(RT64, sharded, state, grads_of(model, numbers(2), line(rt)))
+        there, _ = ff.optimizer_step(RT64, model, plain, grads_of(model, numbers(2)))
         assert_equal(after.params, there.params)
     built[optim.AdamW].register_step_pre_hook(lambda *_: None)
     with pytest.raises(ff.CapabilityError, match="AdamW with hooks"):
-        ff.setup_optimizer(ALONE, sharded, built[optim.AdamW])
+        ff.setup_optimizer(RT64, sharded, built[optim.AdamW])
     return True
 
 
@@ -156,13 +156,13 @@ def with_closure(rt):
     results = []
     for mesh in (None, line(rt)):
         model = setup(mesh)
-        state = ff.setup_optimizer(ALONE, model, optim.SGD, lr=0.1)
+        state = ff.setup_optimizer(RT64, model, optim.SGD, lr=0.1)
 
         def closure(trial, mesh=mesh):
             assert is_sharded(trial.params["w"]) is (mesh is not None)
             return torch.zeros(()), grads_of(trial, numbers(1), mesh)
 
-        results.append(ff.optimizer_step(ALONE, model, state, closure=closure)[0].params)
+        results.append(ff.optimizer_step(RT64, model, state, closure=closure)[0].params)
     assert_equal(results[1], results[0])
     return True
 
@@ -176,7 +176,7 @@ def test_half_precision_sgd_on_cpu_moves_every_number(dtype):
     """torch's fused kernel leaves whole vectors of such numbers as they are."""
     half = nn.Module()
     half.w = nn.Parameter(torch.zeros(40, dtype=dtype))
-    rt = dataclasses.replace(ALONE, precision=ff.Precision.parse("bf16-mixed"))
+    rt = dataclasses.replace(RT64, precision=ff.Precision.parse("bf16-mixed"))
     model = ff.setup_model(rt, half)
     grads = ff.Grads(params=MappingProxyType({"w": torch.ones(40, dtype=dtype)}), ref=model.ref)
     for options in ({"lr": 1.0}, {"lr": 1.0, "momentum": 0.9}):

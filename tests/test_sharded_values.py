@@ -19,7 +19,6 @@ from fabricfn.runs import scale
 from fabricfn.sharding import full, is_sharded, local_of, with_local
 from fabricfn.states import overlap
 from tests.support.dtensors import (
-    ALONE,
     EXACT,
     FUSED,
     SHAPES,
@@ -32,6 +31,7 @@ from tests.support.dtensors import (
     trains_as_single,
     whole,
 )
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 ranks = world_of("threads", 4)
@@ -39,7 +39,7 @@ real_ranks = world_of("processes", 3)
 
 
 def test_one_rank_has_everything(group):
-    rt = dataclasses.replace(ALONE, world=ff.World(group=group))
+    rt = dataclasses.replace(RT64, world=ff.World(group=group))
     for opt, options in (*EXACT.values(), *FUSED.values()):
         trains_as_single(rt, opt, options, torch.float32, True)
     for case in (donated, mapped, partial_steps):
@@ -51,9 +51,9 @@ def donated(rt):
     mesh = line(rt)
     for opt in (optim.AdamW, optim.RMSprop):
         model = setup(mesh)
-        state = ff.setup_optimizer(ALONE, model, opt)
+        state = ff.setup_optimizer(RT64, model, opt)
         grads = grads_of(model, numbers(1), mesh)
-        _, state = ff.optimizer_step(ALONE, model, state, grads)  # RMSprop has no state before
+        _, state = ff.optimizer_step(RT64, model, state, grads)  # RMSprop has no state before
         before = ff.tree_map(torch.clone, model)
         twins = {
             "the same wrappers": ff.tree_map(lambda value: value, model),
@@ -65,9 +65,9 @@ def donated(rt):
         }
         alias, state_twin = ff.eval_mode(model), ff.tree_map(lambda value: value, state)
         parts = {name: local_of(value) for name, value in model.params.items()}
-        pure, _ = ff.optimizer_step(ALONE, model, state, grads)
+        pure, _ = ff.optimizer_step(RT64, model, state, grads)
         assert_equal(model.params, whole(dict(before.params)))
-        after, next_state = ff.optimizer_step(ALONE, model, state, grads, donate=True)
+        after, next_state = ff.optimizer_step(RT64, model, state, grads, donate=True)
         assert all(local_of(after.params[name]) is part for name, part in parts.items())
         assert_equal(after.params, whole(dict(pure.params)))
         again = grads_of(model, numbers(2), mesh)
@@ -75,14 +75,14 @@ def donated(rt):
             with pytest.raises(ff.DonatedError):
                 old.lease.check(name)
             with pytest.raises(ff.DonatedError):
-                ff.optimizer_step(ALONE, old, next_state, again)
+                ff.optimizer_step(RT64, old, next_state, again)
         for old in (state, state_twin):
             with pytest.raises(ff.DonatedError):
-                ff.optimizer_step(ALONE, after, old, again)
+                ff.optimizer_step(RT64, after, old, again)
         with pytest.raises(ff.DonatedError):
-            ff.optimizer_step(ALONE, after, next_state, grads)
-        ff.optimizer_step(ALONE, after, next_state, again)
-        ff.optimizer_step(ALONE, before, next_state, again)
+            ff.optimizer_step(RT64, after, next_state, grads)
+        ff.optimizer_step(RT64, after, next_state, again)
+        ff.optimizer_step(RT64, before, next_state, again)
     return True
 
 
@@ -104,15 +104,15 @@ def memory(rt):
         module = nn.Module()
         for name, value in others.items():
             setattr(module, name, nn.Parameter(torch.zeros(value.shape, dtype=torch.float64)))
-        plain = ff.setup_model(ALONE, module)
+        plain = ff.setup_model(RT64, module)
         model = dataclasses.replace(plain, params=others)
-        state = ff.setup_optimizer(ALONE, model, optim.SGD, lr=0.1)
+        state = ff.setup_optimizer(RT64, model, optim.SGD, lr=0.1)
         grads = ff.Grads(params=MappingProxyType({n: v.clone() for n, v in others.items()}), ref=model.ref)
         if shared:
             with pytest.raises(ff.ModelError, match="one and three share memory"):
-                ff.optimizer_step(ALONE, model, state, grads, donate=True)
+                ff.optimizer_step(RT64, model, state, grads, donate=True)
         else:
-            ff.optimizer_step(ALONE, model, state, grads, donate=True)
+            ff.optimizer_step(RT64, model, state, grads, donate=True)
     # gradients are scaled once, also where two are views of one memory
     for pair in ({"one": one, "two": two}, {"one": one, "two": three}):
         record = ff.Grads(params=MappingProxyType(pair), ref=model.ref)
@@ -154,7 +154,7 @@ def clipped(rt, layout, norm_type):
     model = setup()
     values = {name: 3 * value for name, value in numbers(1).items()}
     for limit in ({"max_norm": 0.7}, {"max_norm": 1e6}, {"clip_val": 0.5}):
-        expected, norm = ff.clip_gradients(ALONE, grads_of(model, values), norm_type=norm_type, **limit)
+        expected, norm = ff.clip_gradients(RT64, grads_of(model, values), norm_type=norm_type, **limit)
         for donate in (False, True):
             grads = ff.Grads(params=MappingProxyType(placed(rt, layout, values)), ref=model.ref)
             twin = ff.tree_map(lambda grad: grad.detach() if is_sharded(grad) else grad.clone(), grads)
@@ -208,15 +208,15 @@ def partial_steps(rt):
     record = ff.Grads(params=MappingProxyType(grads), ref=model.ref)
     with pytest.raises(ff.GradientError, match="the gradient of w .*a term of a sum"):
         ff.clip_gradients(rt, record, max_norm=1.0)
-    state = ff.setup_optimizer(ALONE, model, optim.AdamW)
+    state = ff.setup_optimizer(RT64, model, optim.AdamW)
     for wrong in (grads["w"], numbers(1)["w"], grads["w"].redistribute(placements=[Replicate()])):
         record = ff.Grads(params=MappingProxyType({**grads, "w": wrong}), ref=model.ref)
         with pytest.raises(ff.GradientError, match="the gradient of w is .*redistribute"):
-            ff.optimizer_step(ALONE, model, state, record)
+            ff.optimizer_step(RT64, model, state, record)
     whole_w = {**model.params, "w": full(model.params["w"])}
     fine = grads_of(model, numbers(1), line(rt))
     with pytest.raises(ff.ModelError, match="w is a plain tensor"):
-        ff.optimizer_step(ALONE, dataclasses.replace(model, params=whole_w), state, fine)
+        ff.optimizer_step(RT64, dataclasses.replace(model, params=whole_w), state, fine)
     return True
 
 
@@ -227,7 +227,7 @@ def test_what_is_placed_otherwise_is_refused_by_name(ranks):
 def mapped(rt):
     mesh = line(rt)
     model, other = setup(mesh), dataclasses.replace(setup(mesh), params=split(mesh, numbers(7)))
-    state = ff.setup_optimizer(ALONE, model, optim.NAdam)
+    state = ff.setup_optimizer(RT64, model, optim.NAdam)
     ema = ff.map_params(lambda a, b: a.lerp(b, 0.1), model, other)
     mean = ff.tree_map(lambda a, b: (a + b) / 2, model, other)
     expected = {name: value.lerp(numbers(7)[name], 0.1) for name, value in setup().params.items()}
@@ -237,19 +237,19 @@ def mapped(rt):
         for donate in (False, True):
             start = ff.tree_map(torch.clone, made)
             own = ff.tree_map(torch.clone, state)
-            after, _ = ff.optimizer_step(ALONE, start, own, grads_of(model, numbers(1), mesh), donate=donate)
+            after, _ = ff.optimizer_step(RT64, start, own, grads_of(model, numbers(1), mesh), donate=donate)
             alone = setup()
             plain = dataclasses.replace(alone, params=whole(dict(made.params)))
-            fresh = ff.setup_optimizer(ALONE, alone, optim.NAdam)
-            there, _ = ff.optimizer_step(ALONE, plain, fresh, grads_of(plain, numbers(1)))
+            fresh = ff.setup_optimizer(RT64, alone, optim.NAdam)
+            there, _ = ff.optimizer_step(RT64, plain, fresh, grads_of(plain, numbers(1)))
             assert_equal(after.params, there.params)
     doubled = ff.tree_map(torch.add, *[grads_of(model, numbers(1), mesh)] * 2)
-    after, _ = ff.optimizer_step(ALONE, model, state, doubled)
+    after, _ = ff.optimizer_step(RT64, model, state, doubled)
     twice = scale([[*grads_of(model, numbers(1), mesh).params.values(), None]], 2.0)[0]
     assert twice.pop() is None
     torch.testing.assert_close(whole(twice), whole(list(doubled.params.values())), rtol=0, atol=0)
     again, _ = ff.optimizer_step(
-        ALONE, model, state, ff.Grads(params=MappingProxyType(dict(zip(SHAPES, twice, strict=True))), ref=model.ref)
+        RT64, model, state, ff.Grads(params=MappingProxyType(dict(zip(SHAPES, twice, strict=True))), ref=model.ref)
     )
     assert_equal(again.params, whole(dict(after.params)))
     return True
@@ -263,11 +263,11 @@ def loop(rt, where):
     """Clip and step on real ranks; pickled values come back."""
     mesh = line(rt) if where else None
     model = setup(mesh)
-    state = ff.setup_optimizer(ALONE, model, optim.AdamW, lr=0.1, fused=False)
+    state = ff.setup_optimizer(RT64, model, optim.AdamW, lr=0.1, fused=False)
     norms = []
     for step in range(5):
         grads = grads_of(model, numbers(step), mesh)
-        grads, norm = ff.clip_gradients(rt if where else ALONE, grads, max_norm=1.0, donate=step % 2 == 0)
+        grads, norm = ff.clip_gradients(rt if where else RT64, grads, max_norm=1.0, donate=step % 2 == 0)
         model, state = ff.optimizer_step(rt, model, state, grads, donate=step % 3 == 0)
         norms.append(norm.item())
     if where:
@@ -278,7 +278,7 @@ def loop(rt, where):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_loop_on_real_ranks(real_ranks, world_size):
-    expected, norms = loop(ALONE, False)
+    expected, norms = loop(RT64, False)
     for found, mine in real_ranks.run(loop, True, world_size=world_size):
         assert mine == pytest.approx(norms, rel=1e-13)
         for name, value in found.items():

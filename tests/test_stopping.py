@@ -5,31 +5,25 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 import fabricfn as ff
 from fabricfn.errors import ConfigurationError
 from fabricfn.interrupts import StopFlag, install, uninstall
+from tests.support.starts import PROGRAMS, wait_for
 
-PROGRAM = str(Path(__file__).parent / "programs" / "stops.py")
+PROGRAM = str(PROGRAMS / "stops.py")
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def wait_for(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def start(folder, mode, *, by=()):
     """The program in a process of its own, when its ranks are in their loops; and the ranks' pids."""
     words = [sys.executable, *by, PROGRAM, str(folder), mode]
     process = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert wait_for(lambda: all((folder / f"pid-{rank}").exists() for rank in range(2))), process.stderr.read()
+    there = wait_for(lambda: all((folder / f"pid-{rank}").exists() for rank in range(2)), 20)
+    assert there, process.stderr.read()
     return process, [int((folder / f"pid-{rank}").read_text()) for rank in range(2)]
 
 

@@ -12,15 +12,11 @@ from fabricfn.errors import ConfigurationError
 from fabricfn.starting.request import Request, start_method_of
 from fabricfn.strategies import ddp, fsdp
 from tests.support.blocks import NET, NORMED, X, rows, squares, wholes
+from tests.support.runtimes import RT64
 from tests.support.worlds import world_of
 
 threads = world_of("threads", 4)
 processes = world_of("processes", 2)
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
 
 
 def assert_close(found, expected, tolerance=1e-12):
@@ -29,8 +25,7 @@ def assert_close(found, expected, tolerance=1e-12):
 
 
 def single_grads(loss_fn=squares, module=NET):
-    rt = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
-    return ff.value_and_grad(rt, loss_fn, allow_unused=True)(ff.setup_model(rt, module), X)[1].params
+    return ff.value_and_grad(RT64, loss_fn, allow_unused=True)(ff.setup_model(RT64, module), X)[1].params
 
 
 # fsdp
@@ -61,14 +56,14 @@ FSDP = {
 
 
 @pytest.mark.parametrize("options", FSDP.values(), ids=FSDP)
-def test_options_of_fsdp_train_as_single(threads, alone, options):
-    expected, _ = steps(alone)
+def test_options_of_fsdp_train_as_single(threads, options):
+    expected, _ = steps(RT64)
     for found, _ in threads.run(steps, strategy=fsdp(**options), precision=64):
         assert_close(found, expected)
 
 
-def test_the_divide_factor_scales_every_gradient(threads, processes, alone):
-    expected, _ = steps(alone)
+def test_the_divide_factor_scales_every_gradient(threads, processes):
+    expected, _ = steps(RT64)
     for ranks, size in ((threads, 1), (threads, 3), (processes, 2)):
         for factor in (1, 2.5):
             strategy = fsdp(gradient_divide_factor=factor, ignored_params="inp.bias")

@@ -11,7 +11,6 @@ import fabricfn as ff
 from fabricfn.errors import ConfigurationError, GradientError
 from fabricfn.states import optimizer_from_tree, optimizer_to_tree
 from tests.support.optimizers import (
-    RT,
     assert_intact,
     by_hand,
     functionally,
@@ -22,6 +21,7 @@ from tests.support.optimizers import (
     same,
     snapshot,
 )
+from tests.support.runtimes import RT64
 
 STOCK = [
     (torch.optim.ASGD, {}),
@@ -44,8 +44,8 @@ STOCK = [
 @pytest.mark.parametrize("donate", [False, True])
 def test_every_class_has_its_own_bits(cls, options, donate):
     module = net()
-    model = ff.setup_model(RT, module)
-    model, opt = functionally(model, ff.setup_optimizer(RT, model, cls, **options), donate=donate)
+    model = ff.setup_model(RT64, module)
+    model, opt = functionally(model, ff.setup_optimizer(RT64, model, cls, **options), donate=donate)
     same(model, by_hand(cls(module.parameters(), **options), module))
     assert opt.step == 4
     assert all(param.grad is None for param in model.params.values())
@@ -53,9 +53,9 @@ def test_every_class_has_its_own_bits(cls, options, donate):
 
 def test_muon_on_matrices_beside_adamw_on_the_rest():
     module = net()
-    model = ff.setup_model(RT, module)
-    muon = ff.setup_optimizer(RT, model, torch.optim.Muon, params="*weight", lr=0.01)
-    adamw = ff.setup_optimizer(RT, model, torch.optim.AdamW, params=lambda name: name.endswith("bias"), lr=0.02)
+    model = ff.setup_model(RT64, module)
+    muon = ff.setup_optimizer(RT64, model, torch.optim.Muon, params="*weight", lr=0.01)
+    adamw = ff.setup_optimizer(RT64, model, torch.optim.AdamW, params=lambda name: name.endswith("bias"), lr=0.02)
     named = dict(module.named_parameters())
     reference = [
         torch.optim.Muon([named["0.weight"], named["1.weight"]], lr=0.01),
@@ -63,8 +63,8 @@ def test_muon_on_matrices_beside_adamw_on_the_rest():
     ]
     for step in range(3):
         grads = grads_of(model, step)
-        model, muon = ff.optimizer_step(RT, model, muon, grads)
-        model, adamw = ff.optimizer_step(RT, model, adamw, grads)
+        model, muon = ff.optimizer_step(RT64, model, muon, grads)
+        model, adamw = ff.optimizer_step(RT64, model, adamw, grads)
         module.zero_grad()
         loss_fn(module, inputs(step)).backward()
         for optimizer in reference:
@@ -75,19 +75,19 @@ def test_muon_on_matrices_beside_adamw_on_the_rest():
 
 def test_sparse_adam():
     table = nn.Embedding(5, 3, sparse=True).double()
-    model = ff.setup_model(RT, table)
-    opt = ff.setup_optimizer(RT, model, torch.optim.SparseAdam, lr=0.1)
+    model = ff.setup_model(RT64, table)
+    opt = ff.setup_optimizer(RT64, model, torch.optim.SparseAdam, lr=0.1)
     reference = torch.optim.SparseAdam(table.parameters(), lr=0.1)
     for rows in ([0, 1], [1, 4]):
         table.zero_grad()
         table(torch.tensor(rows)).sum().backward()
         params = MappingProxyType({"weight": table.weight.grad.clone()})
-        model, opt = ff.optimizer_step(RT, model, opt, ff.Grads(params=params, ref=model.ref))
+        model, opt = ff.optimizer_step(RT64, model, opt, ff.Grads(params=params, ref=model.ref))
         reference.step()
     same(model, [table.weight.detach()])
-    dense = ff.setup_optimizer(RT, model, torch.optim.AdamW)
+    dense = ff.setup_optimizer(RT64, model, torch.optim.AdamW)
     with pytest.raises(GradientError, match="SparseAdam"):
-        ff.optimizer_step(RT, model, dense, ff.Grads(params=params, ref=model.ref))
+        ff.optimizer_step(RT64, model, dense, ff.Grads(params=params, ref=model.ref))
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -104,28 +104,28 @@ def test_an_instance_goes_on_from_its_own_state(cls, stepped, named):
     reference, instance = build(twin), build(module)
     by_hand(reference, twin, stepped)
     by_hand(instance, module, stepped)
-    model = ff.setup_model(RT, module)
-    opt = ff.setup_optimizer(RT, model, instance)
+    model = ff.setup_model(RT64, module)
+    opt = ff.setup_optimizer(RT64, model, instance)
     assert len(opt.hyperparams) == (1 if named else 2)
     model, opt = functionally(model, opt, first=stepped)
     same(model, by_hand(reference, twin, first=stepped), atol=1e-12)
-    same(ff.setup_model(RT, module), [param.detach() for param in module.parameters()])
+    same(ff.setup_model(RT64, module), [param.detach() for param in module.parameters()])
 
 
 def test_an_instance_over_named_parameters_of_a_copy_is_matched_by_name():
     module = net()
     instance = torch.optim.AdamW(list(copy.deepcopy(module).named_parameters()), lr=0.1)
-    model = ff.setup_model(RT, module)
-    model, _ = functionally(model, ff.setup_optimizer(RT, model, instance))
+    model = ff.setup_model(RT64, module)
+    model, _ = functionally(model, ff.setup_optimizer(RT64, model, instance))
     same(model, by_hand(torch.optim.AdamW(module.parameters(), lr=0.1, fused=True), module))
 
 
 def test_an_instance_over_other_parameters_is_refused():
-    model = ff.setup_model(RT, net())
+    model = ff.setup_model(RT64, net())
     with pytest.raises(ConfigurationError, match="none of the module"):
-        ff.setup_optimizer(RT, model, torch.optim.AdamW(net(1).parameters()))
+        ff.setup_optimizer(RT64, model, torch.optim.AdamW(net(1).parameters()))
     with pytest.raises(ConfigurationError, match="leave out lr"):
-        ff.setup_optimizer(RT, model, torch.optim.AdamW(net(1).parameters()), lr=0.1)
+        ff.setup_optimizer(RT64, model, torch.optim.AdamW(net(1).parameters()), lr=0.1)
 
 
 def test_hooks_of_an_instance_are_called():
@@ -133,8 +133,8 @@ def test_hooks_of_an_instance_are_called():
     instance = torch.optim.AdamW(module.parameters(), lr=0.1)
     calls = []
     instance.register_step_post_hook(lambda *_: calls.append(1))
-    model = ff.setup_model(RT, module)
-    functionally(model, ff.setup_optimizer(RT, model, instance), steps=2)
+    model = ff.setup_model(RT64, module)
+    functionally(model, ff.setup_optimizer(RT64, model, instance), steps=2)
     assert calls == [1, 1]
 
 
@@ -159,17 +159,17 @@ def test_a_pure_step_keeps_the_gradients_that_the_users_code_changes(how):
     instance = (Halving if how != "hook" else torch.optim.SGD)(module.parameters(), lr=0.1)
     if how == "hook":
         instance.register_step_pre_hook(lambda opt, *_: Halving.halve(opt))
-    model = ff.setup_model(RT, module)
-    opt = ff.setup_optimizer(RT, model, instance)
+    model = ff.setup_model(RT64, module)
+    opt = ff.setup_optimizer(RT64, model, instance)
     grads = grads_of(model)
     before = snapshot(grads)
     arguments = {"closure": lambda _: (0.0, grads)} if how == "closure" else {"grads": grads}
-    one, _ = ff.optimizer_step(RT, model, opt, **arguments)
-    two, _ = ff.optimizer_step(RT, model, opt, **arguments)
+    one, _ = ff.optimizer_step(RT64, model, opt, **arguments)
+    two, _ = ff.optimizer_step(RT64, model, opt, **arguments)
     assert_intact(before, grads)
     same(two, list(one.params.values()))
-    plain = ff.setup_optimizer(RT, model, torch.optim.SGD, lr=0.05)
-    same(one, list(ff.optimizer_step(RT, model, plain, grads)[0].params.values()), atol=1e-15)
+    plain = ff.setup_optimizer(RT64, model, torch.optim.SGD, lr=0.05)
+    same(one, list(ff.optimizer_step(RT64, model, plain, grads)[0].params.values()), atol=1e-15)
 
 
 class Late(torch.optim.Optimizer):
@@ -189,8 +189,8 @@ class Late(torch.optim.Optimizer):
 @pytest.mark.parametrize("donate", [False, True])
 def test_attributes_that_appear_in_the_first_step_are_kept(donate):
     module = net()
-    model = ff.setup_model(RT, module)
-    model, opt = functionally(model, ff.setup_optimizer(RT, model, Late), donate=donate)
+    model = ff.setup_model(RT64, module)
+    model, opt = functionally(model, ff.setup_optimizer(RT64, model, Late), donate=donate)
     same(model, by_hand(Late(module.parameters()), module))
     assert opt.shared == {"t": 4}
 
@@ -203,13 +203,13 @@ def test_a_class_of_the_users_own_over_lbfgs():
             self.t = getattr(self, "t", 0) + 1
             return super().step(closure)
 
-    model = ff.setup_model(RT, net())
+    model = ff.setup_model(RT64, net())
     found = []
     for cls in (torch.optim.LBFGS, Own):
-        after, opt = model, ff.setup_optimizer(RT, model, cls, lr=0.5, max_iter=5)
+        after, opt = model, ff.setup_optimizer(RT64, model, cls, lr=0.5, max_iter=5)
         for _ in range(2):
             after, opt = ff.optimizer_step(
-                RT, after, opt, closure=lambda m: ff.value_and_grad(RT, loss_fn)(m, inputs(0))
+                RT64, after, opt, closure=lambda m: ff.value_and_grad(RT64, loss_fn)(m, inputs(0))
             )
             opt = optimizer_from_tree(opt, optimizer_to_tree(opt))
         found.append(after)
@@ -240,8 +240,8 @@ class Counting(torch.optim.SGD):
 
 def test_a_class_of_the_users_own_keeps_all_of_its_state():
     module = net()
-    model = ff.setup_model(RT, module)
-    opt = ff.setup_optimizer(RT, model, Counting, lr=0.1, scale=2.0)
+    model = ff.setup_model(RT64, module)
+    opt = ff.setup_optimizer(RT64, model, Counting, lr=0.1, scale=2.0)
     model, early = functionally(model, opt, steps=2)
     model, opt = functionally(model, optimizer_from_tree(opt, optimizer_to_tree(early)), steps=2, first=2)
     reference = Counting(module.parameters(), lr=0.1, scale=2.0)
@@ -255,12 +255,12 @@ def test_a_class_of_the_users_own_keeps_all_of_its_state():
 @pytest.mark.parametrize("donate", [False, True])
 def test_lbfgs_by_closure(search, donate):
     module = net()
-    model = ff.setup_model(RT, module)
-    grad_fn = ff.value_and_grad(RT, loss_fn)
+    model = ff.setup_model(RT64, module)
+    grad_fn = ff.value_and_grad(RT64, loss_fn)
     options = {"lr": 0.5, "max_iter": 5, "line_search_fn": search}
-    opt = ff.setup_optimizer(RT, model, torch.optim.LBFGS, **options)
+    opt = ff.setup_optimizer(RT64, model, torch.optim.LBFGS, **options)
     with pytest.raises(ConfigurationError, match="closure="):
-        ff.optimizer_step(RT, model, opt, grads_of(model))
+        ff.optimizer_step(RT64, model, opt, grads_of(model))
     reference = torch.optim.LBFGS(module.parameters(), **options)
     before = snapshot(model)
     start = model
@@ -268,7 +268,9 @@ def test_lbfgs_by_closure(search, donate):
         x = inputs(step)
         if step == 2:
             opt = optimizer_from_tree(opt, optimizer_to_tree(opt))
-        model, opt = ff.optimizer_step(RT, model, opt, closure=lambda m, x=x: grad_fn(m, x), donate=donate and step > 0)
+        model, opt = ff.optimizer_step(
+            RT64, model, opt, closure=lambda m, x=x: grad_fn(m, x), donate=donate and step > 0
+        )
 
         def closure(x=x):
             reference.zero_grad()
@@ -285,14 +287,14 @@ def test_lbfgs_by_closure(search, donate):
 
 def test_a_closure_also_serves_the_other_optimizers_and_moves_buffers():
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
-    model = ff.setup_model(RT, module)
-    grad_fn = ff.value_and_grad(RT, loss_fn)
-    opt = ff.setup_optimizer(RT, model, torch.optim.SGD, lr=0.1)
-    one, _ = ff.optimizer_step(RT, model, opt, closure=lambda m: grad_fn(m, inputs(0)))
-    two, _ = ff.optimizer_step(RT, model, opt, grads_of(model))
+    model = ff.setup_model(RT64, module)
+    grad_fn = ff.value_and_grad(RT64, loss_fn)
+    opt = ff.setup_optimizer(RT64, model, torch.optim.SGD, lr=0.1)
+    one, _ = ff.optimizer_step(RT64, model, opt, closure=lambda m: grad_fn(m, inputs(0)))
+    two, _ = ff.optimizer_step(RT64, model, opt, grads_of(model))
     assert_intact(snapshot(one), two)
     assert int(one.buffers["1.num_batches_tracked"]) == 1
     assert int(model.buffers["1.num_batches_tracked"]) == 0
-    lbfgs = ff.setup_optimizer(RT, model, torch.optim.LBFGS, max_iter=3)
-    after, lbfgs = ff.optimizer_step(RT, model, lbfgs, closure=lambda m: grad_fn(m, inputs(0)))
+    lbfgs = ff.setup_optimizer(RT64, model, torch.optim.LBFGS, max_iter=3)
+    after, lbfgs = ff.optimizer_step(RT64, model, lbfgs, closure=lambda m: grad_fn(m, inputs(0)))
     assert int(after.buffers["1.num_batches_tracked"]) == lbfgs.shared["func_evals"] > 1

@@ -14,6 +14,7 @@ from fabricfn.data import batches, setup_dataloader
 from fabricfn.records import Cursor
 from fabricfn.seeding import Seeded
 from tests.support.feeds import ranks_of
+from tests.support.runtimes import RT
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create",
@@ -141,8 +142,7 @@ def test_datasets_that_take_a_batch_at_once():
 
 
 def test_workers_that_persist_cannot_be_seeded_anew_without_batches():
-    rt = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
     loader = DataLoader(range(4), batch_size=None, num_workers=1, persistent_workers=True)
     with pytest.raises(ff.ConfigurationError, match="persistent_workers=False"):
-        ff.setup_dataloader(rt, loader)
-    ff.setup_dataloader(rt, loader, seed_workers=False)
+        ff.setup_dataloader(RT, loader)
+    ff.setup_dataloader(RT, loader, seed_workers=False)

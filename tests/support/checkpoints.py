@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 import fabricfn as ff
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
-
 
 def bits(value):
     """A value such that equality means the same bits, classes, structure and order."""

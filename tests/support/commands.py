@@ -1,6 +1,5 @@
 """What the tests of commands share: a call of `fabricfn`, and checkpoints of one training."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,10 +7,10 @@ import pytest
 import fabricfn as ff
 from fabricfn import cli
 from fabricfn.testing import threads
-from tests.support.checkpoints import RT, trained
+from tests.support.checkpoints import trained
+from tests.support.runtimes import RT64
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DOUBLE = dataclasses.replace(RT, precision=ff.Precision.parse("64-true"))
 
 
 def save_trained(rt, path):
@@ -27,7 +26,7 @@ def checkpoints():
         folder = tmp_path_factory.mktemp("made")
         with threads(2) as world:
             world.run(save_trained, folder / "two", strategy="fsdp", precision="64-true")
-        save_trained(DOUBLE, folder / "one")
+        save_trained(RT64, folder / "one")
         for name in ("hub", "one.safetensors", "one.pt"):
             ff.consolidate(folder / "one", folder / name)
         return folder

@@ -10,11 +10,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fabricfn as ff
 from fabricfn.sharding import full, is_sharded
+from tests.support.runtimes import RT, RT64
 
 # 3 rows on 4 ranks: an empty part; "one" lies on one rank; "plain" is not sharded at all
 SHAPES = {"w": (3, 4), "plain": (2, 2), "tall": (37, 5), "one": (1,), "deep": (2, 5, 2)}
-ALONE = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
-ALONE32 = dataclasses.replace(ALONE, precision=ff.Precision.parse(32))
 
 
 class Net(nn.Module):
@@ -45,7 +44,7 @@ def split(mesh, values):
 
 
 def setup(mesh=None, dtype=torch.float64):
-    model = ff.setup_model(ALONE if dtype == torch.float64 else ALONE32, Net(dtype))
+    model = ff.setup_model(RT64 if dtype == torch.float64 else RT, Net(dtype))
     return model if mesh is None else dataclasses.replace(model, params=split(mesh, model.params))
 
 
@@ -57,14 +56,14 @@ def grads_of(model, values, mesh=None):
 def train(opt, options, mesh=None, dtype=torch.float64, donate=False, steps=4):
     """Values and state after some steps, the last but one without a gradient for "w", the last with another rate."""
     model = setup(mesh, dtype)
-    state = ff.setup_optimizer(ALONE, model, opt, **options)
+    state = ff.setup_optimizer(RT64, model, opt, **options)
     for step in range(steps):
         values = numbers(step + 1, dtype)
         if step == 2:
             values["w"] = None
         overrides = {"lr": 0.05} if step == 3 and "lr" in (state.hyperparams or [{}])[0] else {}
         grads = grads_of(model, values, mesh)
-        model, state = ff.optimizer_step(ALONE, model, state, grads, donate=donate, **overrides)
+        model, state = ff.optimizer_step(RT64, model, state, grads, donate=donate, **overrides)
     for name, value in model.params.items():
         assert is_sharded(value) is (mesh is not None and name != "plain")
     return model.params, state

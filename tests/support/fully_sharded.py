@@ -9,12 +9,7 @@ from torch import nn
 
 import fabricfn as ff
 from fabricfn.sharding import full
-
-
-@pytest.fixture
-def alone():
-    return ff.Runtime(world=ff.World(), precision=DOUBLE, strategy=ff.strategies.single())
-
+from tests.support.runtimes import RT64
 
 DOUBLE = ff.Precision.parse("64-true")
 
@@ -123,9 +118,9 @@ def under_either(*worlds):
     return ranks
 
 
-def expected(alone, loss_fn, *others, **options):
-    model = ff.setup_model(alone, made())
-    return wholes(ff.value_and_grad(alone, loss_fn, **options)(model, *data(), *others)[1])
+def expected(loss_fn, *others, **options):
+    model = ff.setup_model(RT64, made())
+    return wholes(ff.value_and_grad(RT64, loss_fn, **options)(model, *data(), *others)[1])
 
 
 def by_method(net, x, y):

@@ -8,8 +8,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fabricfn as ff
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
-
 
 def bits(tensor):
     """The bits of a plain tensor."""

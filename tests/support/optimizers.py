@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 import fabricfn as ff
-from fabricfn.strategies import single
-
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision.parse("64-true"), strategy=single())
+from tests.support.runtimes import RT64
 
 
 def loss_fn(net, x):
@@ -30,7 +28,7 @@ def net(seed=0, width=4, depth=2):
 
 
 def grads_of(model, step=0):
-    return ff.value_and_grad(RT, loss_fn)(model, inputs(step))[1]
+    return ff.value_and_grad(RT64, loss_fn)(model, inputs(step))[1]
 
 
 def by_hand(optimizer, module, steps=4, first=0):
@@ -44,7 +42,7 @@ def by_hand(optimizer, module, steps=4, first=0):
 
 def functionally(model, opt, steps=4, donate=False, first=0):
     for step in range(first, first + steps):
-        model, opt = ff.optimizer_step(RT, model, opt, grads_of(model, step), donate=donate)
+        model, opt = ff.optimizer_step(RT64, model, opt, grads_of(model, step), donate=donate)
     return model, opt
 
 

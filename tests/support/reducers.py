@@ -6,6 +6,7 @@ from torch import nn
 import fabricfn as ff
 from fabricfn import sharding
 from fabricfn.strategies import ddp, flat
+from tests.support.runtimes import RT64
 
 DISTRIBUTED = {name: make for name, make in ff.strategies.NAMES.items() if make().max_ranks is None}
 DISTRIBUTED["find_unused"] = lambda: ddp(find_unused_parameters=True)
@@ -45,6 +46,5 @@ def assert_all(results):
 
 
 def single_grads(loss_fn=squares, module=None, x=None):
-    rt = ff.Runtime(world=ff.World(), precision=ff.Precision.parse(64), strategy=ff.strategies.single())
-    model = ff.setup_model(rt, mlp() if module is None else module)
-    return ff.value_and_grad(rt, loss_fn)(model, batch(rt) if x is None else x)
+    model = ff.setup_model(RT64, mlp() if module is None else module)
+    return ff.value_and_grad(RT64, loss_fn)(model, batch(RT64) if x is None else x)

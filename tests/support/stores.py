@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import fabricfn as ff
 from fabricfn.checkpoint.storage import retrying
 from tests.support.checkpoints import bits
+from tests.support.runtimes import RT
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
 MIB = 1 << 20
 
 

@@ -8,8 +8,6 @@ from torch import nn
 
 import fabricfn as ff
 
-RT = ff.Runtime(world=ff.World(), precision=ff.Precision(), strategy=ff.strategies.single())
-
 
 def dcp_save(tree, folder):
     """By one process; torch warns that it is one."""
