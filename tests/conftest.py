@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 
 import fabricfn as ff
 
@@ -14,6 +15,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Assertions of helpers tell the values, as those of tests do.
 pytest.register_assert_rewrite("tests.support")
+
+# No example is timed: an idle machine and a busy one find the same.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 torch.set_num_threads(1)  # tests fork, and a child of a process that has OpenMP's threads waits for them for ever
 

@@ -74,7 +74,7 @@ STRATEGIES = st.sampled_from([("single", 1), ("ddp", 2), ("fsdp", 2), ("function
 
 
 @given(cases.problems(), STRATEGIES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_save_beside_donated_steps_is_the_save_before_them(tmp_path, ranks, problem, place):
     strategy, size = place
     copies = [dataclasses.replace(problem, module=copy.deepcopy(problem.module)) for _ in range(size)]

@@ -75,7 +75,7 @@ def cut_up(sizes):
 
 @uneven
 @given(sizes_of_batches, st.integers(1, 4), st.integers(1, 4), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_batch_samplers_epoch_is_taken_once_and_goes_on_at_another_world_size(sizes, before, after, data):
     order, num = cut_up(sizes), sum(sizes)
     assume(num >= before)

@@ -104,7 +104,7 @@ TREES = st.recursive(
 
 
 @given(TREES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_load_of_save_is_the_tree(tmp_path, tree):
     ff.save(RT, tmp_path / "c", tree)
     assert bits(ff.load(RT, tmp_path / "c", tree)) == bits(tree)

@@ -41,9 +41,7 @@ threads = world_of("threads", 3)
 
 # --- any tree ---------------------------------------------------------------------------------------------------------
 
-SETTINGS = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SETTINGS = settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @SETTINGS

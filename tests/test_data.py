@@ -29,7 +29,7 @@ class Noise(Numbers):
 
 @uneven
 @given(deals(), st.integers(0, 99), epochs, st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_loaders_yield_what_the_plan_says(deal, seed, epoch, shuffle):
     assume(num_steps(deal) > 0 and deal.num_samples >= deal.world_size)
     for rt in ranks_of(deal.world_size, seed):
@@ -50,7 +50,7 @@ def test_one_rank_without_shuffling_is_the_plain_loader():
 
 @uneven
 @given(deals(), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_cursor_after_a_batch_goes_on_there(deal, data):
     assume(num_steps(deal) > 0 and deal.num_samples >= deal.world_size)
     stop = data.draw(st.integers(0, num_steps(deal) - 1))

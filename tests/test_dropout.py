@@ -31,7 +31,7 @@ def test_recomputed_activations_are_dropped_alike(one_rank, strategy, checkpoint
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(ran=st.lists(st.sampled_from(["step", "seed", "draw", "apply", "value", "failure"]), max_size=4))
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_masks_are_a_function_of_the_key_whatever_ran_before(one_rank, strategy, ran):
     rt = one_rank(strategy)
     model = ff.setup_model(rt, dropout_net())

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, strategies as st
 
 from fabricfn.order import BLOCK, Deal, cut, num_steps, rank_indices, rank_places, step_ends
 from fabricfn.permutations import make_permutation, permuted
@@ -31,13 +31,11 @@ def reference(permutation, place):
 
 
 @given(st.integers(1, 300), st.integers())
-@settings(deadline=None)
 def test_a_permutation_holds_every_number_once(num, seed):
     assert sorted(permuted(make_permutation(num, key(seed)), np.arange(num))) == list(range(num))
 
 
 @given(st.integers(1, 2**63 - 1), st.integers(), st.data())
-@settings(deadline=None)
 def test_any_place_of_a_permutation_is_computed_by_itself(num, seed, data):
     places = data.draw(st.lists(st.integers(0, num - 1), min_size=1, max_size=5))
     permutation = make_permutation(num, key(seed))
@@ -85,14 +83,12 @@ def in_order(deal, **options):
 
 
 @given(deals(tails=["spread"]), seeds, epochs)
-@settings(deadline=None)
 def test_every_sample_comes_exactly_once(deal, seed, epoch):
     samples = in_order(deal, seed=seed, epoch=epoch)
     assert sorted(samples) == list(range(deal.num_samples))
 
 
 @given(deals(tails=["drop"]), seeds, epochs)
-@settings(deadline=None)
 def test_dropping_leaves_out_less_than_a_step_at_the_end_of_the_order(deal, seed, epoch):
     whole = in_order(Deal(num_samples=deal.num_samples), seed=seed, epoch=epoch)
     samples = in_order(deal, seed=seed, epoch=epoch)
@@ -102,7 +98,6 @@ def test_dropping_leaves_out_less_than_a_step_at_the_end_of_the_order(deal, seed
 
 
 @given(deals(tails=["spread"]), seeds, epochs)
-@settings(deadline=None)
 def test_the_global_order_is_the_same_at_every_world_and_batch_size(deal, seed, epoch):
     assert in_order(deal, seed=seed, epoch=epoch) == in_order(
         Deal(num_samples=deal.num_samples), seed=seed, epoch=epoch
@@ -110,7 +105,6 @@ def test_the_global_order_is_the_same_at_every_world_and_batch_size(deal, seed, 
 
 
 @given(deals())
-@settings(deadline=None)
 def test_every_rank_takes_the_same_number_of_steps_with_at_least_one_row_each(deal):
     rows = [[len(list_) for list_ in rank] for rank in indices(deal, seed=0, epoch=0)]
     assert {len(steps) for steps in rows} == {num_steps(deal)}
@@ -123,7 +117,6 @@ def test_every_rank_takes_the_same_number_of_steps_with_at_least_one_row_each(de
 
 
 @given(deals(), seeds, epochs, st.data())
-@settings(deadline=None)
 def test_going_on_after_any_step_is_as_if_never_stopped(deal, seed, epoch, data):
     whole, ends = indices(deal, seed=seed, epoch=epoch), list(step_ends(deal))
     assume(ends)
@@ -133,7 +126,6 @@ def test_going_on_after_any_step_is_as_if_never_stopped(deal, seed, epoch, data)
 
 
 @given(deals(tails=["spread"]), seeds, st.integers(1, 6), st.integers(1, 9), st.data())
-@settings(deadline=None)
 def test_going_on_at_another_world_and_batch_size_loses_no_sample(deal, seed, world_size, batch_size, data):
     stop = data.draw(st.sampled_from([0, *step_ends(deal)]))
     other = Deal(num_samples=deal.num_samples, world_size=world_size, batch_size=batch_size)
@@ -158,7 +150,6 @@ def test_a_tail_with_less_than_a_row_a_rank_is_shared_with_the_step_before():
 
 
 @given(seeds, epochs)
-@settings(deadline=None)
 def test_epochs_and_seeds_have_orders_of_their_own(seed, epoch):
     deal = Deal(num_samples=50, batch_size=50)
     orders = [in_order(deal, seed=s, epoch=e) for s, e in ((seed, epoch), (seed, epoch + 1), (seed + 1, epoch))]

@@ -86,7 +86,7 @@ def test_calls_come_at_most_ten_times_a_second(monkeypatch):
 
 
 @given(st.lists(st.integers(0, 3 * HEAD), min_size=2, max_size=2))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_messages_of_any_length_arrive(ranks, lengths):
     def exchange(rt):
         data = {"é\udc80": ["x" * lengths[rt.rank], rt.rank, None, 2.5]}

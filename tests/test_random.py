@@ -27,7 +27,6 @@ def test_keys_are_the_same_in_every_version():
 
 
 @given(st.integers(0, 2**64 - 1))
-@settings(deadline=None)
 def test_a_key_is_a_seed_that_torch_takes_and_negative_seeds_of_old_mean_the_same(bits):
     key = ff.Key(bits)
     signed = torch.Generator().manual_seed(bits - (1 << 63))
@@ -35,7 +34,6 @@ def test_a_key_is_a_seed_that_torch_takes_and_negative_seeds_of_old_mean_the_sam
 
 
 @given(st.integers(), st.lists(st.integers(0, 1000), min_size=2, max_size=6, unique=True))
-@settings(deadline=None)
 def test_other_numbers_give_other_keys(seed, numbers):
     assert len({ff.fold_in(ff.key(seed), number) for number in numbers}) == len(numbers)
     assert ff.split(ff.key(seed), 3) == tuple(ff.fold_in(ff.key(seed), i) for i in range(3))
@@ -85,7 +83,7 @@ def test_keys_and_states_reach_the_cuda_generator():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 700), st.booleans(), st.booleans())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_what_was_drawn_is_drawn_again(seed, skipped, numpy_normal, python_normal):
     ff.seed_everything(seed)
     torch.rand(skipped), np.random.random(skipped), [random.random() for _ in range(skipped)]

@@ -32,7 +32,7 @@ fsspec.register_implementation("plain", Plain, clobber=True)
 
 
 @given(TREES)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_load_of_save_is_the_tree_in_memory(store, tree):
     check_round_trip("faulty://run/c", tree)
     assert len(Faulty.store) <= 2  # of the one that was replaced, nothing is left

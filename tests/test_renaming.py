@@ -151,7 +151,7 @@ TREES = st.recursive(
 
 
 @given(st.dictionaries(PARTS, TREES, min_size=1, max_size=4), st.permutations(["a", "b", "a.b", "0", "c"]))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_renamed_checkpoint_is_one_that_was_saved_so(tmp_path, tree, names):
     """Law: load(rename=r) of save(x) is load of save(r(x))."""
     new = dict(zip(["a", "b", "a.b", "0", "c"], names, strict=True))

@@ -209,7 +209,7 @@ def canonical(tmp_path_factory, four):
 @example(5, 6, CANONICAL[0], CANONICAL[2])
 @example(4, 3, CANONICAL[2], CANONICAL[4])
 @example(1, 4, CANONICAL[4], CANONICAL[0])
-@settings(max_examples=17, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=17, suppress_health_check=[HealthCheck.too_slow])
 def test_canonical_sums_go_on_to_the_bit_on_any_number_of_ranks(canonical: Path, four, n, m, first, second):
     """float32 and AdamW: `n` steps on the first world, then `m` on the second, are `n + m` on one rank."""
     with tempfile.TemporaryDirectory() as folder:

@@ -126,7 +126,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_deleted(tmp_path, ran
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.0, 1.0, 2.0])), min_size=1, max_size=5), st.integers(1, 3)
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_pruning_is_the_choice_and_twice_is_once(tmp_path_factory, series, last):
     folder = tmp_path_factory.mktemp("series")
     loss = {}

@@ -21,7 +21,7 @@ from tests.support.stores import MIB, TREES, check_round_trip, same, tree_of
 
 
 @given(TREES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_load_of_save_is_the_tree_over_s3(s3, tree):
     check_round_trip(f"{s3.bucket}/law", tree, storage_options=s3.options)
 

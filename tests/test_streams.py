@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, strategies as st
 from torch.utils.data import DataLoader, get_worker_info
 
 from fabricfn.data import batches, setup_dataloader
@@ -74,7 +74,6 @@ def deals(draw):
 
 
 @given(deals(), st.data())
-@settings(deadline=None)
 def test_each_sample_comes_once_and_all_ranks_take_the_same_number_of_steps(deal, data):
     num = deal.num_samples
     found = [list(dealt(iter(range(num)), deal, rank, 0)) for rank in range(deal.world_size)]

@@ -41,7 +41,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees)
 def test_structure_dtypes_and_aliases_stay(tree):
     leaves, spec = optree.tree_flatten(tree)

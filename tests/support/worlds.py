@@ -19,4 +19,4 @@ def world_of(kind, size):
 
 def few(examples):
     """The same examples in every run: each may be a whole training on several ranks."""
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    return settings(max_examples=examples, derandomize=True, database=None)
