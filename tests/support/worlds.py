@@ -1,4 +1,4 @@
-"""What the tests of laws share: the ranks of a file, and how many examples hypothesis draws."""
+"""What most tests over ranks share: the ranks of a file, and how many examples hypothesis draws."""
 
 import pytest
 from hypothesis import settings
