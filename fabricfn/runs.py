@@ -109,8 +109,8 @@ def through(
     """Forward and backward of all micro-batches: (loss, aux, gradients), the mean over all of them and all ranks."""
     apart = False
     # What the backward pass leaves of a graph lives until the next graph is there, as in a loop by hand. Freed with the
-    # last activations it lets the allocator return pages that the next forward pass takes again, one by one: 25,000
-    # faults more a step, 3 % of its time (a GPT of 10.8 million parameters, 8 micro-batches).
+    # last activations it lets the C library return pages that the next forward pass takes again, one by one: some ten
+    # thousand faults more a step, 1 to 3 % of its time (a GPT of 10.8 million parameters, 8 micro-batches).
     for args, kwargs, sync in microbatches:
         share = 1 / (sums.count + 1) if sync and sums.count and not job.weighted else 1.0
         if rng is None:

@@ -67,7 +67,7 @@ STEPS = (("1", 400), ("4", 400), ("40", 120), ("500", 12))
 RANKS = (
     *(("ddp", 2, "4 layers", k, r) for k, r in ((1, 300), (8, 120))),
     ("ddp", 4, "4 layers", 1, 150),
-    *(("ddp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 2))),
+    *(("ddp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 4))),
     *(("flat", 2, kind, k, r) for kind, k, r in (("4 layers", 1, 300), ("4 layers", 8, 120), ("GPT", 1, 8))),
     *(("functional", 2, "4 layers", k, r) for k, r in ((1, 300), (8, 120))),
     *(("fsdp", 2, "8 blocks", k, r) for k, r in ((1, 60), (8, 12))),

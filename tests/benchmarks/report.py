@@ -81,10 +81,11 @@ Made by `nox -s benchmarks` (that is `python -m tests.benchmarks`); the raw figu
 Measured on {cpu}; Python {python}, torch {torch}, optree {optree}, Lightning Fabric {lightning-fabric}, Accelerate
 {accelerate}; one thread a process.
 
-How: contenders take turns in one process, in a shuffled order, so that a disturbance hits all of them; each figure is
-a median over rounds, then over {processes} fresh processes (one for GPT and for what starts processes of its own). The
-tables show ratios to the first contender; **again** is the same code a second time and shows the noise; brackets hold
-what is asked for.
+How: contenders take turns in one process, in a shuffled order, so that a disturbance hits all of them; a step is called
+twice in a row and the second call counts, since in a loop, too, a step comes after itself; each figure is a median over
+rounds, then over {processes} fresh processes (one for GPT and for what starts processes of its own). The tables show
+ratios to the first contender; **again** is the same code a second time and shows the noise; brackets hold what is asked
+for.
 
 ![the ratios of the steps](ratios.svg)
 """
@@ -127,8 +128,7 @@ SECTIONS: tuple[Table | Callable[[dict[str, Any]], str], ...] = (
         text="## One step, one process\n\nCPU time of forward, backward and AdamW for layers of `Linear(32, 32)`,"
         " batch 8: how the cost grows from 2 to 1,000 parameters; and for a GPT of 10.8 million parameters (6 layers of"
         " 384, 4 rows of 64 bytes). By hand: `torch.optim.AdamW(params, lr)`. No optimizer: forward and `backward()`"
-        " alone, below which nothing comes that is not compiled. Each is called twice in a row and the second call"
-        " counts: in a loop, too, a step comes after itself.",
+        " alone, below which nothing comes that is not compiled.",
         rows={
             "steps 1": "1 layer",
             "steps 4": "4 layers",

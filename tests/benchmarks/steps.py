@@ -31,8 +31,8 @@ def measure(
 ) -> dict[str, float]:
     """Median seconds of a step by contender: of CPU on one process, on the clock of rank 0 on several.
 
-    All of them must learn the same. On one process each is called twice in a row and the second call counts: in a loop,
-    too, a step comes after itself, and not after seven others that have emptied the caches.
+    All of them must learn the same. Each is called twice in a row and the second call counts: in a loop, too, a step
+    comes after itself, and not after seven others that have emptied the caches and handed their memory back.
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a Linear returns a view; nobody writes into it
@@ -42,7 +42,7 @@ def measure(
     if alone and accumulation == 1:
         steps["no optimizer"] = without_optimizer(job(kind), precision)
     clock = time.process_time if alone else time.perf_counter
-    return interleaved(steps, rounds, clock=clock, warmup=max(1, rounds // 10), again=alone)
+    return interleaved(steps, rounds, clock=clock, warmup=max(1, rounds // 10), again=True)
 
 
 def measure_single(precision: str = "32-true", **options: Any) -> dict[str, float]:
