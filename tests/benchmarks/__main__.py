@@ -63,13 +63,13 @@ ONCE = ("starting", "imports", "first_step", "partial", "memory", "gpu_training"
 """They start processes of their own."""
 
 # what is trained, in which way on how many ranks, micro-batches a step, rounds
-STEPS = (("1", 400), ("4", 400), ("40", 120), ("500", 12))
+STEPS = (("1", 200), ("4", 200), ("40", 60), ("500", 6))
 RANKS = (
-    *(("ddp", 2, "4 layers", k, r) for k, r in ((1, 300), (8, 120))),
-    ("ddp", 4, "4 layers", 1, 150),
+    *(("ddp", 2, "4 layers", k, r) for k, r in ((1, 100), (8, 40))),
+    ("ddp", 4, "4 layers", 1, 40),
     *(("ddp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 4))),
-    *(("flat", 2, kind, k, r) for kind, k, r in (("4 layers", 1, 300), ("4 layers", 8, 120), ("GPT", 1, 8))),
-    *(("functional", 2, "4 layers", k, r) for k, r in ((1, 300), (8, 120))),
+    *(("flat", 2, kind, k, r) for kind, k, r in (("4 layers", 1, 100), ("4 layers", 8, 40), ("GPT", 1, 8))),
+    *(("functional", 2, "4 layers", k, r) for k, r in ((1, 100), (8, 40))),
     *(("fsdp", 2, "8 blocks", k, r) for k, r in ((1, 60), (8, 12))),
     *(("fsdp", 2, "4 encoder layers", k, r) for k, r in ((1, 16), (8, 4))),
     *(("fsdp", 2, "GPT", k, r) for k, r in ((1, 8), (8, 2))),

@@ -1,7 +1,6 @@
 """On a GPU: steps, GPT-2 with what it makes of the device, checkpoints. The same runs on a CPU, where nobody asks."""
 
 import dataclasses
-import functools
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,12 +13,10 @@ from tests.benchmarks import storage
 from tests.benchmarks.jobs import Job, job
 from tests.benchmarks.loops import LEARNING_RATE, Step, arithmetic, by_compiled, by_hand, loops
 from tests.benchmarks.steps import check
-from tests.benchmarks.timing import Contenders, clock_of, interleaved
+from tests.benchmarks.timing import IN_A_ROW, clock_of, interleaved
 
 WARM = 3
 """Steps before a capture, which libraries and the optimizer's state need."""
-IN_A_ROW = 10
-"""Steps between two looks at the clock: in a loop nobody waits for a step either."""
 
 
 def by_capture(work: Job, precision: str) -> Step:
@@ -76,18 +73,6 @@ def contenders(rt: ff.Runtime, kind: str, precision: str, backend: str) -> dict[
     return found
 
 
-def timed(steps: dict[str, Step], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of a step by contender."""
-
-    def several(step: Step) -> None:
-        for _ in range(IN_A_ROW):
-            step()
-
-    rows: Contenders = {name: functools.partial(several, step) for name, step in steps.items()}
-    seconds = interleaved(rows, rounds, clock_of(device), warmup=max(1, rounds // 10))
-    return {name: value / IN_A_ROW for name, value in seconds.items()}
-
-
 def losses_of(step: Step) -> list[float]:
     """Of the first steps, of which the last two are replayed where a graph is captured."""
     return [step().item() for _ in range(WARM + 2)]
@@ -101,7 +86,7 @@ def measure_steps(
     rt = ff.init_runtime(accelerator=device, devices=1, precision=precision)
     steps = {name: make() for name, make in contenders(rt, kind, precision, backend).items()}
     check({name: losses_of(step) for name, step in steps.items()}, precision)
-    return timed(steps, rounds, device)
+    return interleaved(steps, rounds, clock_of(device), warmup=max(1, rounds // 10), in_a_row=IN_A_ROW)
 
 
 def train(name: str, rounds: int, kind: str, device: str, precision: str, backend: str) -> dict[str, Any]:
@@ -110,7 +95,7 @@ def train(name: str, rounds: int, kind: str, device: str, precision: str, backen
     rt = ff.init_runtime(accelerator=device, devices=1, precision=precision)
     step = contenders(rt, kind, precision, backend)[name]()
     losses = losses_of(step)
-    seconds = timed({name: step}, rounds, device)[name]
+    seconds = interleaved({name: step}, rounds, clock_of(device), warmup=1, in_a_row=IN_A_ROW)[name]
     return {"losses": losses, "seconds": seconds, "bytes": torch.cuda.max_memory_allocated()}
 
 

@@ -90,6 +90,11 @@ def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
 
 
+def small(kind: str) -> bool:
+    """Whether it is layers of `Linear(32, 32)`."""
+    return kind.removesuffix(" layers").isdigit()
+
+
 def job(kind: str, rank: int = 0, device: torch.device | str = "cpu") -> Job:
     """ "N layers" of `Linear(32, 32)`, "8 blocks", "4 encoder layers", or one of `GPTS`."""
     torch.manual_seed(0)

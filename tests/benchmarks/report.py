@@ -81,11 +81,11 @@ Made by `nox -s benchmarks` (that is `python -m tests.benchmarks`); the raw figu
 Measured on {cpu}; Python {python}, torch {torch}, optree {optree}, Lightning Fabric {lightning-fabric}, Accelerate
 {accelerate}; one thread a process.
 
-How: contenders take turns in one process, in a shuffled order, so that a disturbance hits all of them; a step is called
-twice in a row and the second call counts, since in a loop, too, a step comes after itself; each figure is a median over
-rounds, then over {processes} fresh processes (one for GPT and for what starts processes of its own). The tables show
-ratios to the first contender; **again** is the same code a second time and shows the noise; brackets hold what is asked
-for.
+How: contenders take turns in one process, in a shuffled order, so that a disturbance hits all of them. A turn of a
+small step is ten of them in a row after one that does not count (of the others one after one): in a loop, too, a step
+comes after its like. Each figure is a median over rounds, then over {processes} fresh processes (one for GPT and for
+what starts processes of its own). The tables show ratios to the first contender; **again** is the same code a second
+time and shows the noise; brackets hold what is asked for.
 
 ![the ratios of the steps](ratios.svg)
 """

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 import fabricfn as ff
-from tests.benchmarks.jobs import job
+from tests.benchmarks.jobs import job, small
 from tests.benchmarks.loops import by_fabricfn, loops, without_optimizer
-from tests.benchmarks.timing import interleaved
+from tests.benchmarks.timing import IN_A_ROW, interleaved
 
 
 def check(losses: dict[str, list[float]], precision: str) -> None:
@@ -31,8 +31,7 @@ def measure(
 ) -> dict[str, float]:
     """Median seconds of a step by contender: of CPU on one process, on the clock of rank 0 on several.
 
-    All of them must learn the same. Each is called twice in a row and the second call counts: in a loop, too, a step
-    comes after itself, and not after seven others that have emptied the caches and handed their memory back.
+    All of them must learn the same.
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # a Linear returns a view; nobody writes into it
@@ -42,7 +41,8 @@ def measure(
     if alone and accumulation == 1:
         steps["no optimizer"] = without_optimizer(job(kind), precision)
     clock = time.process_time if alone else time.perf_counter
-    return interleaved(steps, rounds, clock=clock, warmup=max(1, rounds // 10), again=True)
+    in_a_row = IN_A_ROW if small(kind) else 1
+    return interleaved(steps, rounds, clock, warmup=max(1, rounds // 10), again=True, in_a_row=in_a_row)
 
 
 def measure_single(precision: str = "32-true", **options: Any) -> dict[str, float]:
