@@ -7,11 +7,10 @@ Where there is CUDA the same tests run with the real one.
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import fabricfn as ff
 from fabricfn.compiling import capturing, step as compiling
+from tests.support.compiled import ATOL, BACKEND, assert_close, copies, make_batch, make_net, make_step, mse
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
 
@@ -50,64 +49,35 @@ def recordings(rt, monkeypatch):
 
 
 def set_up(rt, cls=torch.optim.AdamW, **options):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
-    model = ff.setup_model(rt, net)
+    model = ff.setup_model(rt, make_net())
     return model, ff.setup_optimizer(rt, model, cls, lr=0.1, **options)
 
 
 def batch_of(rt, seed):
-    generator = torch.Generator().manual_seed(seed)
-    batch = tuple(torch.randn(8, width, generator=generator, dtype=torch.float64) for width in (4, 2))
-    return ff.to_device(rt, batch)
-
-
-def step_of(rt, donate):
-    grad_fn = ff.value_and_grad(rt, lambda net, x, y: F.mse_loss(net(x), y))
-
-    def step(model, opt, x, y, lr, rng):
-        loss, grads = grad_fn(model, x, y, rng=rng)
-        grads, norm = ff.clip_gradients(rt, grads, max_norm=0.5)
-        model, opt = ff.optimizer_step(rt, model, opt, grads, lr=lr, donate=donate)
-        return model, opt, loss, norm
-
-    return step
+    return ff.to_device(rt, tuple(make_batch(seed)))
 
 
 def captured(rt, step):
-    return ff.compile_step(rt, step, backend="eager", capture=True)
-
-
-def copied(*records):
-    return [ff.tree_map(torch.clone, record) for record in records]
-
-
-def values(model, opt):
-    state = [value for row in opt.state.values() for value in row.values()]
-    return [*model.params.values(), *model.buffers.values(), *state]
-
-
-def assert_same(one, other):
-    torch.testing.assert_close(values(*one), values(*other), rtol=0, atol=1e-12)
+    return ff.compile_step(rt, step, backend=BACKEND, capture=True)
 
 
 def run_both(rt, step, compiled, one, other, numbers):
     """Both for these numbers of batches: they say the same at every step."""
     for number in numbers:
         arguments = (*batch_of(rt, number), 0.1 / (number + 1), ff.fold_in(ff.key(1), number))
-        *one, loss, norm = step(*one, *arguments)
-        *other, mine, my_norm = compiled(*other, *arguments)
-        torch.testing.assert_close((mine, my_norm), (loss, norm), rtol=0, atol=1e-12)
-        assert_same(one, other)
+        *one, told = step(*one, *arguments)
+        *other, mine = compiled(*other, *arguments)
+        torch.testing.assert_close(mine, told, rtol=0, atol=ATOL)
+        assert_close(one, other)
     return one, other
 
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_recorded_step_is_the_eager_step(rt, recordings, donate):
-    step = step_of(rt, donate)
+    step = make_step(rt, donate)
     compiled = captured(rt, step)
     start = set_up(rt)
-    _, (model, _) = run_both(rt, step, compiled, copied(*start), copied(*start), range(6))
+    _, (model, _) = run_both(rt, step, compiled, copies(*start), copies(*start), range(6))
     assert (len(recordings), compiled.traces) == (1, 1)
     # what stays is recorded where it lies: nothing of the size of the parameters is copied into a slot
     lie = {value.data_ptr() for value in model.params.values()}
@@ -115,31 +85,31 @@ def test_a_recorded_step_is_the_eager_step(rt, recordings, donate):
 
 
 def test_results_are_kept_after_later_steps(rt, recordings):
-    compiled, (model, opt) = captured(rt, step_of(rt, True)), set_up(rt)
+    compiled, (model, opt) = captured(rt, make_step(rt, True)), set_up(rt)
     found, seen = [], []
     for number in range(5):
-        model, opt, loss, _ = compiled(model, opt, *batch_of(rt, number), 0.1, ff.key(number))
-        found += [loss, *model.buffers.values()]
+        model, opt, told = compiled(model, opt, *batch_of(rt, number), 0.1, ff.key(number))
+        found += [told["loss"], *model.buffers.values()]
         seen += [one.clone() for one in found[-4:]]
     torch.testing.assert_close(found, seen, rtol=0, atol=0)
     assert len(recordings) == 1
 
 
 def test_records_that_lie_elsewhere_are_recorded_anew(rt, recordings):
-    step = step_of(rt, True)
+    step = make_step(rt, True)
     compiled = captured(rt, step)
     start = set_up(rt)
-    one, other = run_both(rt, step, compiled, copied(*start), copied(*start), range(3))
-    moved = copied(*other)
+    one, other = run_both(rt, step, compiled, copies(*start), copies(*start), range(3))
+    moved = copies(*other)
     one, other = run_both(rt, step, compiled, one, moved, range(3, 6))
     assert len(recordings) == 2
 
 
 def test_two_models_may_take_turns(rt, recordings):
-    step = step_of(rt, True)
+    step = make_step(rt, True)
     compiled = captured(rt, step)
     start = set_up(rt)
-    eager, mine = [copied(*start), copied(*start)], [copied(*start), copied(*start)]
+    eager, mine = [copies(*start), copies(*start)], [copies(*start), copies(*start)]
     for number in range(6):
         turn = number % 2
         eager[turn], mine[turn] = run_both(rt, step, compiled, eager[turn], mine[turn], [number])
@@ -148,23 +118,23 @@ def test_two_models_may_take_turns(rt, recordings):
 
 def test_gradients_may_be_given_away_too(rt, recordings):
     model, opt = set_up(rt, torch.optim.SGD, momentum=0.9)
-    grad_fn = ff.value_and_grad(rt, lambda net, x, y: F.mse_loss(net(x), y))
+    grad_fn = ff.value_and_grad(rt, mse)
     compiled = captured(rt, lambda *records: ff.optimizer_step(rt, *records, donate=True))
-    one, other = copied(model, opt), copied(model, opt)
+    one, other = copies(model, opt), copies(model, opt)
     for number in range(4):
         batch = batch_of(rt, number)
         _, grads = grad_fn(one[0], *batch, rng=ff.key(number))
         one = ff.optimizer_step(rt, *one, grads, donate=True)
         _, grads = grad_fn(other[0], *batch, rng=ff.key(number))
         other = compiled(*other, grads)
-        assert_same(one, other)
+        assert_close(one, other)
         with pytest.raises(ff.DonatedError):
             ff.clip_gradients(rt, grads, max_norm=1.0)
     assert len(recordings) == 1
 
 
 def test_a_graph_over_values_that_a_replay_changed_fails_in_backward(rt, recordings):
-    compiled, (model, opt) = captured(rt, step_of(rt, True)), set_up(rt)
+    compiled, (model, opt) = captured(rt, make_step(rt, True)), set_up(rt)
     for number in range(4):
         weight = next(iter(model.params.values())).detach().requires_grad_()
         square = (weight * weight).sum()
@@ -175,10 +145,10 @@ def test_a_graph_over_values_that_a_replay_changed_fails_in_backward(rt, recordi
 
 
 def test_a_recording_that_fails_loses_nothing(rt, recordings, monkeypatch):
-    compiled, records = captured(rt, step_of(rt, True)), set_up(rt)
+    compiled, records = captured(rt, make_step(rt, True)), set_up(rt)
     arguments = (*batch_of(rt, 0), 0.1, ff.key(0))
-    *records, _, _ = compiled(*records, *arguments)
-    before = copied(*records)
+    *records, _ = compiled(*records, *arguments)
+    before = copies(*records)
 
     def refused(run, inputs):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -188,7 +158,7 @@ def test_a_recording_that_fails_loses_nothing(rt, recordings, monkeypatch):
         with pytest.raises(RuntimeError, match="not permitted") as caught:
             compiled(*records, *arguments)
     assert "nothing was computed" in caught.value.__notes__[-1]
-    assert_same(before, records)
+    assert_close(before, records)
     compiled(*records, *arguments)
 
 
